@@ -1,0 +1,2 @@
+//! The contract between kernel and user space.
+#![no_std]

@@ -1,0 +1,15 @@
+//! What a decision may see of a request: the seam between the policy and whatever parsed the bytes.
+
+/// One HTTP request's head as the decisions see it. Implemented by the HTTP/1 and HTTP/2 engines and by `explain`.
+pub trait Request {
+    /// The method, as sent (methods are case-sensitive, RFC 9110 §9.1).
+    fn method(&self) -> &str;
+    /// The path, as sent, without the query.
+    fn path(&self) -> &str;
+    /// The query, without the question mark.
+    fn query(&self) -> Option<&str>;
+    /// The authority: `Host` or `:authority`.
+    fn authority(&self) -> Option<&str>;
+    /// The first value of a header that is valid UTF-8; `name` is lower case.
+    fn header(&self, name: &str) -> Option<&str>;
+}
