@@ -1,2 +1,109 @@
-//! The contract between kernel and user space.
-#![no_std]
+//! The contract between the kernel programs and the agent.
+//!
+//! Both sides compile this crate: the kernel programs for `bpfel-unknown-none`, the agent for the host. It holds
+//! the keys and values of the maps, their names and bounds, the reason codes, and the two pure decisions
+//! ([`capture::decide`], [`steer::decide`]) which the kernel runs and the host tests.
+//!
+//! Nothing else may enter: no allocation, no I/O, no type whose layout a compiler is free to choose.
+#![cfg_attr(not(test), no_std)]
+
+mod addr;
+pub mod capture;
+mod flow;
+mod layout;
+mod pod;
+mod reason;
+pub mod steer;
+
+pub use addr::{Addr, Endpoint};
+pub use flow::{FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, SocketView};
+pub use pod::{
+    Config, FAIL_PASS, FAIL_REFUSE, NODE_ADDRESSES_MAX, POD_ADDRESSES_MAX, PORTS_MAX, PodEntry, PortSet, SteerEntry,
+    TooManyPorts,
+};
+pub use reason::{REASONS, Reason};
+
+/// The version of everything in this crate that both sides must agree on. It names the pin directory's suffix and a
+/// symbol in the kernel object; raise it with any change of a map's key, value or meaning.
+pub const ABI_VERSION: u32 = 1;
+
+/// The symbol in the kernel object that carries [`ABI_VERSION`] in its name: an object of another version lacks it
+/// and is refused at load.
+pub const ABI_SYMBOL: &str = "MESH_ABI_1";
+
+/// The mark on the agent's own sockets (`SO_MARK`).
+pub const AGENT_MARK: u32 = 0x539;
+
+/// Where the agent listens for captured connections in each pod's network namespace, unless the port is taken there.
+pub const OUTBOUND_PORT: u16 = 15001;
+
+/// Where the agent listens for steered connections in each pod's network namespace, unless the port is taken there.
+pub const INBOUND_PORT: u16 = 15006;
+
+/// Names of the maps, 15 bytes at most.
+pub mod maps {
+    /// `[Config; 1]`.
+    pub const CONFIG: &str = "CONFIG";
+    /// cgroup id -> generation: the cgroups whose marked sockets are the agent's own.
+    pub const AGENTS: &str = "AGENTS";
+    /// netns cookie -> `PodEntry`.
+    pub const PODS: &str = "PODS";
+    /// `Addr` -> `SteerEntry`.
+    pub const STEER: &str = "STEER";
+    /// `Addr` -> listening socket.
+    pub const LISTENERS: &str = "LISTENERS";
+    /// socket -> `SocketView`.
+    pub const SOCKETS: &str = "SOCKETS";
+    /// `FlowKey` -> `Endpoint`: the original destination of a captured connection, until the agent takes it.
+    pub const ORIG_BY_FLOW: &str = "ORIG_BY_FLOW";
+    /// `FlowKey` of the agent's socket towards a workload -> the `Endpoint` that the workload is shown.
+    pub const PEERS: &str = "PEERS";
+    /// `Reason` -> count per CPU.
+    pub const REASONS: &str = "REASONS";
+
+    /// Every map.
+    pub const ALL: [&str; 9] = [
+        CONFIG,
+        AGENTS,
+        PODS,
+        STEER,
+        LISTENERS,
+        SOCKETS,
+        ORIG_BY_FLOW,
+        PEERS,
+        REASONS,
+    ];
+
+    /// Agent generations that may run side by side during an upgrade.
+    pub const AGENTS_MAX: u32 = 8;
+    /// Pods on a node.
+    pub const PODS_MAX: u32 = 4096;
+    /// Pod addresses on a node.
+    pub const STEER_MAX: u32 = 4 * PODS_MAX;
+    /// Captured connections that the agent has not accepted yet.
+    pub const FLOWS_MAX: u32 = 65536;
+    /// Connections from the agent to workloads of this node.
+    pub const PEERS_MAX: u32 = 131_072;
+}
+
+/// Names of the kernel programs: the symbol of the function.
+pub mod programs {
+    /// `cgroup/connect4`.
+    pub const CONNECT4: &str = "capture_connect4";
+    /// `cgroup/connect6`.
+    pub const CONNECT6: &str = "capture_connect6";
+    /// `cgroup/getpeername4`.
+    pub const GETPEERNAME4: &str = "show_peer4";
+    /// `cgroup/getpeername6`.
+    pub const GETPEERNAME6: &str = "show_peer6";
+    /// `cgroup/getsockname4`.
+    pub const GETSOCKNAME4: &str = "show_local4";
+    /// `cgroup/getsockname6`.
+    pub const GETSOCKNAME6: &str = "show_local6";
+    /// `sockops`.
+    pub const SOCK_OPS: &str = "follow_sockets";
+    /// `cgroup/sock_create`.
+    pub const SOCK_CREATE: &str = "check_protocol";
+    /// `sk_lookup`.
+    pub const SK_LOOKUP: &str = "steer_inbound";
+}

@@ -1,0 +1,41 @@
+//! Keys and values that live as long as a connection.
+
+use crate::addr::{Addr, Endpoint};
+
+/// [`SocketView::role`]: the socket connected and was captured; `peer` is the destination that it asked for.
+pub const ROLE_CAPTURED: u32 = 1;
+/// [`SocketView::role`]: the socket was accepted from the agent; `peer` is the source that it serves.
+pub const ROLE_ACCEPTED: u32 = 2;
+
+/// One end of a connection inside a network namespace. A cookie is never used again, so a key cannot go stale by
+/// the death of a pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// The network namespace's cookie.
+    pub netns: u64,
+    /// The connecting socket's local address and port.
+    pub source: Endpoint,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// What the hooks know of a socket: kept in the socket itself, freed with it, never evicted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketView {
+    /// What `getpeername` shows.
+    pub peer: Endpoint,
+    /// What `getsockname` shows instead of a loopback address; [`Addr::NONE`] to leave it.
+    pub local: Addr,
+    /// [`ROLE_CAPTURED`] or [`ROLE_ACCEPTED`].
+    pub role: u32,
+}
+
+impl FlowKey {
+    /// The key of the socket with that local address in that network namespace.
+    #[inline(always)]
+    pub const fn new(netns: u64, source: Endpoint) -> FlowKey {
+        FlowKey { netns, source, pad: 0 }
+    }
+}

@@ -1,0 +1,42 @@
+//! Layout of every shared type, checked by both compilers: no hole, no surprise.
+
+use core::mem::{align_of, offset_of, size_of};
+
+use crate::{
+    addr::{Addr, Endpoint},
+    flow::{FlowKey, SocketView},
+    pod::{Config, PodEntry, PortSet, SteerEntry},
+};
+
+const _: () = {
+    assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 4);
+    assert!(size_of::<Endpoint>() == 20 && align_of::<Endpoint>() == 4 && offset_of!(Endpoint, port) == 16);
+    assert!(size_of::<FlowKey>() == 32 && align_of::<FlowKey>() == 8);
+    assert!(offset_of!(FlowKey, source) == 8 && offset_of!(FlowKey, pad) == 28);
+    assert!(size_of::<SocketView>() == 40 && align_of::<SocketView>() == 4);
+    assert!(offset_of!(SocketView, local) == 20 && offset_of!(SocketView, role) == 36);
+    assert!(size_of::<PortSet>() == 64 && align_of::<PortSet>() == 2);
+    assert!(size_of::<Config>() == 144 && align_of::<Config>() == 4 && offset_of!(Config, node) == 16);
+    assert!(size_of::<PodEntry>() == 168 && align_of::<PodEntry>() == 4);
+    assert!(offset_of!(PodEntry, addresses) == 40 && offset_of!(PodEntry, exclude_outbound) == 104);
+    assert!(size_of::<SteerEntry>() == 136 && align_of::<SteerEntry>() == 8);
+    assert!(offset_of!(SteerEntry, probes) == 8 && offset_of!(SteerEntry, exclude_inbound) == 72);
+};
+
+/// aya may copy these types to and from maps.
+#[cfg(feature = "user")]
+mod user {
+    use super::*;
+    // SAFETY: `repr(C)`, made of integers only, without padding (asserted above): every bit pattern is a value.
+    unsafe impl aya::Pod for FlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Endpoint {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Addr {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PodEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for SteerEntry {}
+}
