@@ -1,3 +1,7 @@
 //! The agent.
 
 pub mod l7;
+pub mod identity;
+pub mod net;
+pub mod tls;
+pub mod transport;
