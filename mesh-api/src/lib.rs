@@ -6,9 +6,14 @@
 //! * [`authz`], [`route`], [`resilience`]: the pure decisions over a view.
 //! * [`wire`]: the protocol between controller, agents and `mesh-ctl`.
 //!
+//! * [`read`]: typed values out of YAML and JSON.
+//!
 //! Dependency order (a module uses only those before it):
-//! `identity < workload < policy < document < view < authz, route, resilience < wire`.
+//! `identity < workload < read < policy < document < view < authz, route, resilience < wire`.
 
+pub mod document;
 pub mod identity;
+pub mod policy;
+mod read;
 pub mod request;
 pub mod workload;

@@ -86,6 +86,8 @@ pub struct Workload {
     pub identity: SpiffeId,
     /// The node that it runs on.
     pub node: Arc<str>,
+    /// The node's own addresses: its kubelet probes from there.
+    pub node_addresses: Vec<IpAddr>,
     /// Its addresses, the primary one first.
     pub addresses: Vec<IpAddr>,
     /// Its labels.

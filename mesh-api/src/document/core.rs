@@ -1,0 +1,172 @@
+//! What the mesh reads of Kubernetes' own kinds. Everything else in them is kept and not looked at.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use crate::workload::AppProtocol;
+
+/// A Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeSpec {
+    /// `status.addresses` of type InternalIP.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodSpec {
+    /// `spec.serviceAccountName`, else `default`.
+    pub service_account: String,
+    /// `spec.nodeName`.
+    pub node: Option<String>,
+    /// `spec.hostNetwork`: such a pod has the node's own network and is never enrolled.
+    pub host_network: bool,
+    /// `spec.containers`.
+    pub containers: Vec<Container>,
+    /// `status.podIPs`, else `status.podIP`.
+    pub addresses: Vec<IpAddr>,
+    /// The `Ready` condition of `status.conditions`; `None` if it has none.
+    pub ready: Option<bool>,
+}
+
+/// A container of a Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Container {
+    /// Its name, unique in the pod.
+    pub name: String,
+    /// `command`.
+    pub command: Vec<String>,
+    /// `args`.
+    pub args: Vec<String>,
+    /// `workingDir`.
+    pub working_dir: Option<String>,
+    /// `env` with a plain `value`; other sources are left out.
+    pub env: Vec<EnvVar>,
+    /// `ports` of protocol TCP.
+    pub ports: Vec<ContainerPort>,
+    /// `readinessProbe`.
+    pub readiness: Option<Probe>,
+    /// `livenessProbe`.
+    pub liveness: Option<Probe>,
+    /// `startupProbe`.
+    pub startup: Option<Probe>,
+}
+
+/// A variable of a container's environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnvVar {
+    /// Its name.
+    pub name: String,
+    /// Its value.
+    pub value: String,
+}
+
+/// A port of a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContainerPort {
+    /// Its name; empty if it has none.
+    pub name: String,
+    /// `containerPort`.
+    pub port: u16,
+}
+
+/// A probe as the kubelet runs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// What is asked.
+    pub check: Check,
+    /// `initialDelaySeconds`.
+    pub initial_delay: std::time::Duration,
+    /// `periodSeconds`, 10 s by default.
+    pub period: std::time::Duration,
+    /// `timeoutSeconds`, 1 s by default.
+    pub timeout: std::time::Duration,
+    /// `successThreshold`, 1 by default.
+    pub success_threshold: u32,
+    /// `failureThreshold`, 3 by default.
+    pub failure_threshold: u32,
+}
+
+/// What a probe asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// `httpGet`: a status from 200 to 399.
+    HttpGet {
+        /// The path with its query.
+        path: String,
+        /// The port.
+        port: SpecPort,
+        /// `scheme: HTTPS`.
+        https: bool,
+        /// `httpHeaders`.
+        headers: Vec<(String, String)>,
+    },
+    /// `tcpSocket`: the port takes a connection.
+    TcpSocket {
+        /// The port.
+        port: SpecPort,
+    },
+    /// `grpc`: the gRPC health service says SERVING.
+    Grpc {
+        /// The port.
+        port: u16,
+        /// The service's name; empty for the whole server.
+        service: String,
+    },
+    /// `exec`: the command ends with 0.
+    Exec {
+        /// The command.
+        command: Vec<String>,
+    },
+}
+
+/// A port by number or name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SpecPort {
+    /// By number.
+    Number(u16),
+    /// By the name of a container port.
+    Name(String),
+}
+
+/// A Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceSpec {
+    /// `clusterIPs`, else `clusterIP`; empty for a headless service (`None`) and where none is given yet.
+    pub addresses: Vec<IpAddr>,
+    /// Whether `clusterIP: None` is written: no address is to be given to it.
+    pub headless: bool,
+    /// `ports` of protocol TCP.
+    pub ports: Vec<ServicePortSpec>,
+    /// `selector`.
+    pub selector: BTreeMap<String, String>,
+    /// `publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+}
+
+/// A port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePortSpec {
+    /// Its name; empty if it has none.
+    pub name: String,
+    /// `port`.
+    pub port: u16,
+    /// `targetPort`, else `port`.
+    pub target: SpecPort,
+    /// From `appProtocol`, else the name's first word.
+    pub protocol: AppProtocol,
+}
+
+impl PodSpec {
+    /// The number of a port that a probe or a service names.
+    pub fn port_number(&self, port: &SpecPort) -> Option<u16> {
+        match port {
+            SpecPort::Number(number) => Some(*number),
+            SpecPort::Name(name) => self
+                .containers
+                .iter()
+                .flat_map(|c| &c.ports)
+                .find(|p| p.name == *name)
+                .map(|p| p.port),
+        }
+    }
+}

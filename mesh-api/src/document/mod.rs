@@ -1,0 +1,391 @@
+//! Documents: the YAML that people write, typed, validated, and printed back.
+//!
+//! [`parse`] is the only door: it reads a file of one or more YAML documents and reports every problem at once, each
+//! with its line, its field and what was expected. A [`DocumentSet`] holds what was accepted and turns it into the
+//! [`Resource`]s that agents work with. Pods, Services and the like are Kubernetes' own kinds: their unknown fields
+//! are somebody else's and are kept; in our kinds and in route specs an unknown field is a problem, since what would
+//! guard must not be dropped.
+
+mod core;
+mod parse;
+mod set;
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use serde_json::{Value, json};
+
+pub use self::{
+    core::{Check, Container, ContainerPort, EnvVar, NodeSpec, PodSpec, Probe, ServicePortSpec, ServiceSpec, SpecPort},
+    parse::{parse, policy_from_json},
+    set::{Change, DocumentSet, Resource, ResourceKey, diff},
+};
+use crate::policy::{
+    API_VERSION, AccessPolicy, GATEWAY_GROUP, HttpRoute, MeshPolicy, RateLimit, ServiceSubset, TrafficPolicy,
+};
+pub use crate::read::{
+    ALIASES_MAX, DOCUMENTS_PER_SOURCE_MAX, NESTING_MAX, NODES_MAX, PROBLEMS_MAX, Problem, SOURCE_BYTES_MAX,
+};
+
+/// The namespace of a document that names none.
+pub const DEFAULT_NAMESPACE: &str = "default";
+
+/// The kinds that the mesh reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `v1` Namespace.
+    Namespace,
+    /// `v1` Node.
+    Node,
+    /// `v1` ServiceAccount.
+    ServiceAccount,
+    /// `v1` Pod.
+    Pod,
+    /// `v1` Service.
+    Service,
+    /// `nodemesh.io/v1alpha1` ServiceSubset.
+    ServiceSubset,
+    /// `gateway.networking.k8s.io/v1` HTTPRoute.
+    HttpRoute,
+    /// `nodemesh.io/v1alpha1` MeshPolicy.
+    MeshPolicy,
+    /// `nodemesh.io/v1alpha1` TrafficPolicy.
+    TrafficPolicy,
+    /// `nodemesh.io/v1alpha1` RateLimit.
+    RateLimit,
+    /// `nodemesh.io/v1alpha1` AccessPolicy.
+    AccessPolicy,
+}
+
+/// What a document is called.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DocumentKey {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace; empty for Namespace and Node.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+}
+
+/// What every document has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Meta {
+    /// Its namespace; empty for Namespace and Node.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// `metadata.generation`, counted by whoever stores the document; 0 if nobody does. Not compared by [`diff`].
+    pub generation: u64,
+}
+
+/// A document of one kind.
+#[derive(Clone, Debug)]
+pub struct Object<T> {
+    /// Name, namespace, labels and annotations.
+    pub meta: Meta,
+    /// What it says. Only for Kubernetes' own kinds does this include parts of `status`.
+    pub spec: T,
+    /// The document as it was given, for kinds whose unknown fields are kept.
+    raw: Option<Arc<Value>>,
+}
+
+/// One document.
+#[derive(Clone, Debug)]
+pub enum Document {
+    /// A Namespace; its labels may enrol.
+    Namespace(Object<()>),
+    /// A Node.
+    Node(Object<NodeSpec>),
+    /// A ServiceAccount.
+    ServiceAccount(Object<()>),
+    /// A Pod.
+    Pod(Object<PodSpec>),
+    /// A Service.
+    Service(Object<ServiceSpec>),
+    /// An HTTPRoute.
+    HttpRoute(Object<HttpRoute>),
+    /// A MeshPolicy.
+    MeshPolicy(Object<MeshPolicy>),
+    /// A TrafficPolicy.
+    TrafficPolicy(Object<TrafficPolicy>),
+    /// A RateLimit.
+    RateLimit(Object<RateLimit>),
+    /// An AccessPolicy.
+    AccessPolicy(Object<AccessPolicy>),
+    /// A ServiceSubset.
+    ServiceSubset(Object<ServiceSubset>),
+}
+
+impl Kind {
+    /// Every kind, in the order in which they are best applied.
+    pub const ALL: [Kind; 11] = [
+        Kind::Namespace,
+        Kind::Node,
+        Kind::ServiceAccount,
+        Kind::Pod,
+        Kind::Service,
+        Kind::ServiceSubset,
+        Kind::HttpRoute,
+        Kind::MeshPolicy,
+        Kind::TrafficPolicy,
+        Kind::RateLimit,
+        Kind::AccessPolicy,
+    ];
+
+    /// The name as written in documents.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Kind::Namespace => "Namespace",
+            Kind::Node => "Node",
+            Kind::ServiceAccount => "ServiceAccount",
+            Kind::Pod => "Pod",
+            Kind::Service => "Service",
+            Kind::ServiceSubset => "ServiceSubset",
+            Kind::HttpRoute => "HTTPRoute",
+            Kind::MeshPolicy => "MeshPolicy",
+            Kind::TrafficPolicy => "TrafficPolicy",
+            Kind::RateLimit => "RateLimit",
+            Kind::AccessPolicy => "AccessPolicy",
+        }
+    }
+
+    /// The `apiVersion` as printed.
+    pub const fn api_version(self) -> &'static str {
+        match self {
+            Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Pod | Kind::Service => "v1",
+            Kind::HttpRoute => "gateway.networking.k8s.io/v1",
+            Kind::ServiceSubset | Kind::MeshPolicy | Kind::TrafficPolicy | Kind::RateLimit | Kind::AccessPolicy => {
+                API_VERSION
+            }
+        }
+    }
+
+    /// Whether documents of this kind lie in a namespace.
+    pub const fn is_namespaced(self) -> bool {
+        !matches!(self, Kind::Namespace | Kind::Node)
+    }
+
+    /// Whether it is a policy, route or subset: what agents get as [`Resource::Policy`].
+    pub const fn is_policy(self) -> bool {
+        match self {
+            Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Pod | Kind::Service => false,
+            Kind::ServiceSubset
+            | Kind::HttpRoute
+            | Kind::MeshPolicy
+            | Kind::TrafficPolicy
+            | Kind::RateLimit
+            | Kind::AccessPolicy => true,
+        }
+    }
+
+    /// The kind of that name: as written in documents, or as people type it (any case, singular or plural).
+    pub fn find(word: &str) -> Option<Kind> {
+        let lower = word.to_ascii_lowercase();
+        Kind::ALL.into_iter().find(|kind| {
+            let name = kind.as_str().to_ascii_lowercase();
+            let plural = match name.strip_suffix('y') {
+                Some(stem) => format!("{stem}ies"),
+                None => format!("{name}s"),
+            };
+            lower == name || lower == plural
+        })
+    }
+
+    /// The kind of that exact name and `apiVersion`; any version of the Gateway API's group is taken.
+    fn of(api_version: &str, kind: &str) -> Option<Kind> {
+        let found = Kind::ALL.into_iter().find(|k| k.as_str() == kind)?;
+        let group = api_version.rsplit_once('/').map_or("", |(group, _)| group);
+        let good = match found {
+            Kind::HttpRoute => group == GATEWAY_GROUP,
+            other => api_version == other.api_version(),
+        };
+        good.then_some(found)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl DocumentKey {
+    /// The key of a document.
+    pub fn new(kind: Kind, namespace: &str, name: &str) -> DocumentKey {
+        let namespace = if kind.is_namespaced() { namespace } else { "" };
+        DocumentKey {
+            kind,
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for DocumentKey {
+    /// `Service shop/cart`, `Node node-1`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{} {}", self.kind, self.name)
+        } else {
+            write!(f, "{} {}/{}", self.kind, self.namespace, self.name)
+        }
+    }
+}
+
+impl<T> Object<T> {
+    /// A document made by a program.
+    pub fn new(namespace: &str, name: &str, spec: T) -> Object<T> {
+        let meta = Meta {
+            namespace: namespace.into(),
+            name: name.into(),
+            ..Meta::default()
+        };
+        Object { meta, spec, raw: None }
+    }
+}
+
+impl Document {
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Document::Namespace(_) => Kind::Namespace,
+            Document::Node(_) => Kind::Node,
+            Document::ServiceAccount(_) => Kind::ServiceAccount,
+            Document::Pod(_) => Kind::Pod,
+            Document::Service(_) => Kind::Service,
+            Document::HttpRoute(_) => Kind::HttpRoute,
+            Document::MeshPolicy(_) => Kind::MeshPolicy,
+            Document::TrafficPolicy(_) => Kind::TrafficPolicy,
+            Document::RateLimit(_) => Kind::RateLimit,
+            Document::AccessPolicy(_) => Kind::AccessPolicy,
+            Document::ServiceSubset(_) => Kind::ServiceSubset,
+        }
+    }
+
+    /// Its name, namespace, labels and annotations.
+    pub fn meta(&self) -> &Meta {
+        match self {
+            Document::Namespace(object) | Document::ServiceAccount(object) => &object.meta,
+            Document::Node(object) => &object.meta,
+            Document::Pod(object) => &object.meta,
+            Document::Service(object) => &object.meta,
+            Document::HttpRoute(object) => &object.meta,
+            Document::MeshPolicy(object) => &object.meta,
+            Document::TrafficPolicy(object) => &object.meta,
+            Document::RateLimit(object) => &object.meta,
+            Document::AccessPolicy(object) => &object.meta,
+            Document::ServiceSubset(object) => &object.meta,
+        }
+    }
+
+    /// Its name, namespace, labels and annotations, to be changed by whoever stores it.
+    pub fn meta_mut(&mut self) -> &mut Meta {
+        match self {
+            Document::Namespace(object) | Document::ServiceAccount(object) => &mut object.meta,
+            Document::Node(object) => &mut object.meta,
+            Document::Pod(object) => &mut object.meta,
+            Document::Service(object) => &mut object.meta,
+            Document::HttpRoute(object) => &mut object.meta,
+            Document::MeshPolicy(object) => &mut object.meta,
+            Document::TrafficPolicy(object) => &mut object.meta,
+            Document::RateLimit(object) => &mut object.meta,
+            Document::AccessPolicy(object) => &mut object.meta,
+            Document::ServiceSubset(object) => &mut object.meta,
+        }
+    }
+
+    /// What it is called.
+    pub fn key(&self) -> DocumentKey {
+        let meta = self.meta();
+        DocumentKey {
+            kind: self.kind(),
+            namespace: meta.namespace.clone(),
+            name: meta.name.clone(),
+        }
+    }
+
+    /// The normalized `spec` of a policy, route or subset: every default written out. `None` for other kinds.
+    pub fn policy_spec(&self) -> Option<Value> {
+        let spec = match self {
+            Document::HttpRoute(object) => serde_json::to_value(&object.spec),
+            Document::MeshPolicy(object) => serde_json::to_value(&object.spec),
+            Document::TrafficPolicy(object) => serde_json::to_value(&object.spec),
+            Document::RateLimit(object) => serde_json::to_value(&object.spec),
+            Document::AccessPolicy(object) => serde_json::to_value(&object.spec),
+            Document::ServiceSubset(object) => serde_json::to_value(&object.spec),
+            Document::Namespace(_)
+            | Document::Node(_)
+            | Document::ServiceAccount(_)
+            | Document::Pod(_)
+            | Document::Service(_) => return None,
+        };
+        // Our own types, of strings, numbers, lists and maps with text keys: JSON can always say them.
+        Some(spec.unwrap_or(Value::Null))
+    }
+
+    fn raw(&self) -> Option<&Value> {
+        match self {
+            Document::Namespace(object) | Document::ServiceAccount(object) => object.raw.as_deref(),
+            Document::Node(object) => object.raw.as_deref(),
+            Document::Pod(object) => object.raw.as_deref(),
+            Document::Service(object) => object.raw.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The whole document as JSON: `apiVersion`, `kind`, `metadata`, then what the kind has.
+    pub fn to_json(&self) -> Value {
+        let meta = self.meta();
+        let mut metadata = json!({ "name": &*meta.name });
+        if !meta.namespace.is_empty() {
+            metadata["namespace"] = json!(&*meta.namespace);
+        }
+        if !meta.labels.is_empty() {
+            metadata["labels"] = json!(meta.labels);
+        }
+        if !meta.annotations.is_empty() {
+            metadata["annotations"] = json!(meta.annotations);
+        }
+        if meta.generation != 0 {
+            metadata["generation"] = json!(meta.generation);
+        }
+        let mut whole = match self.raw() {
+            Some(raw) => raw.clone(),
+            None => json!({}),
+        };
+        whole["apiVersion"] = json!(self.kind().api_version());
+        whole["kind"] = json!(self.kind().as_str());
+        whole["metadata"] = metadata;
+        if let Some(spec) = self.policy_spec() {
+            whole["spec"] = spec;
+        }
+        whole
+    }
+
+    /// The whole document as YAML, without a leading `---`. [`parse`] reads it back to an equal document.
+    pub fn to_yaml(&self) -> String {
+        serde_yaml_ng::to_string(&self.to_json()).unwrap_or_default()
+    }
+
+    /// Whether both say the same; `metadata.generation` is not compared.
+    pub fn same_as(&self, other: &Document) -> bool {
+        let plain = |document: &Document| {
+            let mut json = document.to_json();
+            if let Some(metadata) = json.get_mut("metadata").and_then(Value::as_object_mut) {
+                metadata.remove("generation");
+            }
+            json
+        };
+        plain(self) == plain(other)
+    }
+}
+
+impl PartialEq for Document {
+    fn eq(&self, other: &Document) -> bool {
+        self.to_json() == other.to_json()
+    }
+}

@@ -1,0 +1,152 @@
+//! AccessPolicy: who may do what at a destination.
+
+use ipnet::IpNet;
+use serde::{Serialize, Serializer};
+
+use super::{HeaderMatch, PathMatch, TargetRef};
+use crate::identity::SpiffeId;
+
+/// `spec` of an AccessPolicy. Deny beats allow; once an Allow policy applies, what no rule allows is denied.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AccessPolicy {
+    /// What it is attached to, at least one.
+    pub target_refs: Vec<TargetRef>,
+    /// What a match means.
+    pub action: AccessAction,
+    /// The rules; any may match. An Allow policy without rules allows nothing; a Deny policy has at least one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<AccessRule>,
+}
+
+/// What a matching rule means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum AccessAction {
+    /// The match is allowed.
+    Allow,
+    /// The match is denied, whatever allows it.
+    Deny,
+}
+
+/// A rule matches when one of `from` (or none is given) and one of `to` (or none is given) match.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AccessRule {
+    /// A name for logs and `explain`; `None`: its index. Unique in its policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Sources; empty: any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub from: Vec<SourceClause>,
+    /// What is asked; empty: anything.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub to: Vec<TargetClause>,
+}
+
+/// A clause over the source: every field that is not empty must have a value that matches. At least one is not empty.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SourceClause {
+    /// Proven identities.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub identities: Vec<IdentityMatch>,
+    /// Namespaces of proven identities.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub namespaces: Vec<String>,
+    /// Addresses, whether an identity is proven or not. A single address is a network of its own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cidrs: Vec<IpNet>,
+}
+
+/// An identity by its whole text, or by a prefix written with a `*` at its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum IdentityMatch {
+    /// This identity.
+    Exact(SpiffeId),
+    /// `spiffe://cluster.local/ns/shop/*`: identities that begin so; ends with `/`, has the trust domain whole.
+    Prefix(String),
+}
+
+impl IdentityMatch {
+    /// Whether the identity is meant.
+    pub fn matches(&self, identity: &SpiffeId) -> bool {
+        match self {
+            IdentityMatch::Exact(wanted) => wanted == identity,
+            IdentityMatch::Prefix(prefix) => identity.as_str().starts_with(prefix.as_str()),
+        }
+    }
+}
+
+impl std::fmt::Display for IdentityMatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            IdentityMatch::Exact(identity) => write!(f, "{identity}"),
+            IdentityMatch::Prefix(prefix) => write!(f, "{prefix}*"),
+        }
+    }
+}
+
+impl Serialize for IdentityMatch {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A clause over what is asked: every field that is not empty must have a value that matches. At least one is not empty.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TargetClause {
+    /// The workload's own ports (not the service's).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<u16>,
+    /// Hosts of the request's authority, without the port.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<HostMatch>,
+    /// Methods, as sent.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub methods: Vec<String>,
+    /// Paths, without the query.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<PathMatch>,
+    /// Headers: unlike the other fields, ALL of them must match.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<HeaderMatch>,
+}
+
+impl TargetClause {
+    /// Whether the clause asks about a request; such a clause never matches an opaque flow.
+    pub fn needs_request(&self) -> bool {
+        !(self.hosts.is_empty() && self.methods.is_empty() && self.paths.is_empty() && self.headers.is_empty())
+    }
+}
+
+/// A host, or `*.example.com` for every host below it. Lower case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostMatch {
+    /// This host.
+    Exact(String),
+    /// Hosts that end with this, which begins with a dot.
+    Suffix(String),
+}
+
+impl HostMatch {
+    /// Whether a host (no port) is meant; compared without regard to case.
+    pub fn matches(&self, host: &str) -> bool {
+        match self {
+            HostMatch::Exact(wanted) => wanted.eq_ignore_ascii_case(host),
+            HostMatch::Suffix(suffix) => {
+                let start = host.len().checked_sub(suffix.len());
+                start.is_some_and(|at| at > 0 && host.as_bytes()[at..].eq_ignore_ascii_case(suffix.as_bytes()))
+            }
+        }
+    }
+}
+
+impl Serialize for HostMatch {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            HostMatch::Exact(host) => serializer.serialize_str(host),
+            HostMatch::Suffix(suffix) => serializer.collect_str(&format_args!("*{suffix}")),
+        }
+    }
+}
