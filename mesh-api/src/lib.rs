@@ -16,4 +16,5 @@ pub mod identity;
 pub mod policy;
 mod read;
 pub mod request;
+pub mod wire;
 pub mod workload;
