@@ -5,3 +5,6 @@ pub mod identity;
 pub mod net;
 pub mod tls;
 pub mod transport;
+pub mod drain;
+pub mod event;
+pub mod view;

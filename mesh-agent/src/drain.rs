@@ -1,0 +1,226 @@
+//! Drain: an owned handle that every task of the data path holds, and the signal that tells it to end.
+//!
+//! `Serving -> Draining -> Closing`. While draining, listeners take nothing new and connections end when their
+//! exchange does; when closing, the bound on patience is reached and they end now. The drain is over when the last
+//! [`Guard`] drops, so nobody counts by hand and a cancelled task cannot be forgotten. Never wait here without a bound.
+
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+/// How far a drain is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Everything is served.
+    #[default]
+    Serving,
+    /// Nothing new is taken; what runs may end by itself.
+    Draining,
+    /// What still runs must end now.
+    Closing,
+}
+
+#[derive(Debug)]
+struct Shared {
+    phase: watch::Sender<Phase>,
+    /// Open guards; the watch wakes the waiter when it falls to zero.
+    open: AtomicUsize,
+    empty: tokio::sync::Notify,
+}
+
+/// Starts the drain and waits for its end. Held by the composition root alone.
+#[derive(Debug)]
+pub struct Trigger(Arc<Shared>);
+
+/// The signal's other end. Cheap to clone; holding it does not hold the drain up.
+#[derive(Clone, Debug)]
+pub struct Drain(Arc<Shared>);
+
+/// While it lives, the drain is not over. Also tells its holder when to end.
+#[derive(Debug)]
+pub struct Guard(Drain);
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// The guards that were still open when the bounds were reached; zero is a clean end.
+    pub left: usize,
+}
+
+/// A trigger and its signal.
+pub fn channel() -> (Trigger, Drain) {
+    let shared = Arc::new(Shared {
+        phase: watch::Sender::new(Phase::Serving),
+        open: AtomicUsize::new(0),
+        empty: tokio::sync::Notify::new(),
+    });
+    (Trigger(shared.clone()), Drain(shared))
+}
+
+impl Shared {
+    fn advance(&self, to: Phase) {
+        self.phase.send_if_modified(|phase| {
+            let forward = to > *phase;
+            if forward {
+                *phase = to;
+            }
+            forward
+        });
+    }
+
+    async fn reached(&self, wanted: Phase) {
+        let mut receiver = self.phase.subscribe();
+        // The sender lives in `self`, so the wait cannot fail.
+        let _ = receiver.wait_for(|phase| *phase >= wanted).await;
+    }
+
+    async fn emptied(&self) {
+        loop {
+            let notified = self.empty.notified();
+            if self.open.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+impl Trigger {
+    /// Stop taking new work.
+    pub fn start(&self) {
+        self.0.advance(Phase::Draining);
+    }
+
+    /// End what runs.
+    pub fn close(&self) {
+        self.0.advance(Phase::Closing);
+    }
+
+    /// The guards that are open.
+    pub fn open(&self) -> usize {
+        self.0.open.load(Ordering::Acquire)
+    }
+
+    /// Starts the drain, gives it `patience`, then closes and gives it `grace`.
+    pub async fn finish(&self, patience: Duration, grace: Duration) -> Drained {
+        self.start();
+        if tokio::time::timeout(patience, self.0.emptied()).await.is_err() {
+            self.close();
+            // Whatever is left after the grace is reported and then abandoned by the caller.
+            let _ = tokio::time::timeout(grace, self.0.emptied()).await;
+        }
+        Drained { left: self.open() }
+    }
+}
+
+impl Drain {
+    /// Holds the drain up until dropped.
+    pub fn guard(&self) -> Guard {
+        self.0.open.fetch_add(1, Ordering::AcqRel);
+        Guard(self.clone())
+    }
+
+    /// How far the drain is.
+    pub fn phase(&self) -> Phase {
+        *self.0.phase.borrow()
+    }
+
+    /// Whether it has begun.
+    pub fn is_draining(&self) -> bool {
+        self.phase() >= Phase::Draining
+    }
+
+    /// Returns when the drain has begun.
+    pub fn started(&self) -> impl Future<Output = ()> + Send + 'static {
+        let shared = self.0.clone();
+        async move { shared.reached(Phase::Draining).await }
+    }
+
+    /// Returns when everything must end now.
+    pub fn closing(&self) -> impl Future<Output = ()> + Send + 'static {
+        let shared = self.0.clone();
+        async move { shared.reached(Phase::Closing).await }
+    }
+
+    /// The guards that are open.
+    pub fn open(&self) -> usize {
+        self.0.open.load(Ordering::Acquire)
+    }
+}
+
+impl Guard {
+    /// The signal that this guard belongs to.
+    pub fn drain(&self) -> &Drain {
+        &self.0
+    }
+}
+
+impl Clone for Guard {
+    fn clone(&self) -> Guard {
+        self.0.guard()
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if self.0.0.open.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.0.empty.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn ends_when_the_last_guard_drops() {
+        let (trigger, drain) = channel();
+        let guard = drain.guard();
+        let second = guard.clone();
+        assert_eq!(drain.open(), 2);
+        let task = tokio::spawn(async move {
+            guard.drain().started().await;
+            drop(guard);
+            second.drain().closing().await;
+            drop(second);
+        });
+        let began = tokio::time::Instant::now();
+        let drained = trigger.finish(Duration::from_secs(30), Duration::from_secs(5)).await;
+        assert_eq!(drained, Drained { left: 0 });
+        // The second guard waited for the close, so the whole patience went by, but none of the grace.
+        assert_eq!(began.elapsed(), Duration::from_secs(30));
+        task.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guard_that_never_ends_is_counted_and_the_wait_is_bounded() {
+        let (trigger, drain) = channel();
+        let guard = drain.guard();
+        let drained = trigger.finish(Duration::from_secs(1), Duration::from_secs(1)).await;
+        assert_eq!(drained, Drained { left: 1 });
+        assert_eq!(drain.phase(), Phase::Closing);
+        drop(guard);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_guards_it_ends_at_once() {
+        let (trigger, drain) = channel();
+        assert!(!drain.is_draining());
+        let began = tokio::time::Instant::now();
+        trigger.finish(Duration::from_secs(30), Duration::from_secs(5)).await;
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        assert!(drain.is_draining());
+        // The phase never goes back.
+        trigger.close();
+        trigger.start();
+        assert_eq!(drain.phase(), Phase::Closing);
+    }
+}
