@@ -218,9 +218,10 @@ fn the_fabric_shows_what_passes_between_nodes() -> Result<()> {
         assert_eq!(fetch(&lab, &url)?, "200");
     }
     let bytes = capture.stop()?;
+    let request = format!("GET /?{marker} ");
     let seen = bytes
-        .windows(marker.len())
-        .filter(|window| *window == marker.as_bytes())
+        .windows(request.len())
+        .filter(|window| *window == request.as_bytes())
         .count();
     assert_eq!(seen, 1, "cross-node traffic is seen, same-node traffic is not");
     lab.down()
