@@ -11,7 +11,7 @@ pub mod h1;
 pub mod h2;
 pub mod headers;
 
-use std::{borrow::Cow, io, net::IpAddr, time::Duration};
+use std::{borrow::Cow, io, time::Duration};
 
 use bytes::Bytes;
 use http::StatusCode;
@@ -20,10 +20,15 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use headers::{HeaderChanges, Standard};
 
-/// A byte stream that an engine owns: a socket, a tunnel, or half of a test's pipe.
+use crate::transport::Transport;
+
+/// A byte stream that an engine owns: a socket or a tunnel.
 pub trait Wire: AsyncRead + AsyncWrite + Unpin + 'static {
     /// Makes the coming close a reset: what was sent so far must not look whole to the reader.
     fn abort(&mut self);
+
+    /// Puts bytes back in front of the stream: the next reader sees them first.
+    fn unread(&mut self, bytes: &[u8]);
 }
 
 /// What the engine knows of a request beside its head.
@@ -354,20 +359,12 @@ pub enum ServeError {
     Fault(#[from] Fault),
 }
 
-impl Wire for tokio::net::TcpStream {
+impl Wire for Transport {
     fn abort(&mut self) {
-        // Fails only on a socket that is gone already.
-        let _ = socket2::SockRef::from(&*self).set_linger(Some(Duration::ZERO));
+        self.set_linger_reset();
     }
-}
 
-impl Wire for tokio::io::DuplexStream {
-    fn abort(&mut self) {}
-}
-
-/// Whether an address is one that `x-forwarded-for` would name; here so that both engines print it alike.
-pub(crate) fn write_address(address: IpAddr, out: &mut Vec<u8>) {
-    use std::io::Write;
-    // A Vec takes every write.
-    let _ = write!(out, "{address}");
+    fn unread(&mut self, bytes: &[u8]) {
+        Transport::unread(self, bytes);
+    }
 }

@@ -1,10 +1,24 @@
-//! The lean HTTP/1.1 engine.
+//! The lean HTTP/1.1 engine: one task for a source's connection and, one after another, the connections that its
+//! requests are sent on.
+//!
+//! * [`codec`]: heads, read strictly; [`chunk`]: the chunked coding; `write`: heads for the next hop. All pure.
+//! * `engine`: the life of a source's connection: head, decision, connection, exchange, and again.
+//! * `exchange`: the bytes of one request and its response.
+//! * `buffer`: scratch space of the thread, left-overs, the timer.
+//!
+//! Pipelined requests are taken in order, one at a time. What is ambiguous about a message's length or head is
+//! refused with a status and the connection closed; it is never repaired.
 
-use std::{future::Future, rc::Rc};
+mod buffer;
+pub mod chunk;
+pub mod codec;
+mod engine;
+mod exchange;
+mod write;
 
 use http::StatusCode;
 
-use super::{Handler, Limits, ServeError};
+pub use engine::serve;
 
 /// Why a request is not one we may forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
@@ -74,14 +88,5 @@ impl RequestDefect {
     }
 }
 
-/// Serves HTTP/1 requests of one source connection until it ends, is refused, or `drain` resolves and no request is
-/// under way. Bytes already read are the source's own matter (`Transport` carries them as its prefix).
-pub async fn serve<H: Handler>(
-    source: H::Source,
-    handler: Rc<H>,
-    limits: &Limits,
-    drain: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    let _ = (source, handler, limits, drain);
-    Ok(())
-}
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,1 @@
+//! Traffic state under concurrency and across revisions.
