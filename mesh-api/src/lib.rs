@@ -4,17 +4,25 @@
 //! * [`document`]: the YAML that people write, parsed and validated, every problem at once.
 //! * [`policy`]: checked policy values. * [`view`]: one immutable revision of it all, with flat lookups.
 //! * [`authz`], [`route`], [`resilience`]: the pure decisions over a view.
+//! * [`backend`]: endpoints and how to send to them. * [`rule`]: the name of the rule that decided.
 //! * [`wire`]: the protocol between controller, agents and `mesh-ctl`.
 //!
 //! * [`read`]: typed values out of YAML and JSON.
 //!
 //! Dependency order (a module uses only those before it):
-//! `identity < workload < read < policy < document < view < authz, route, resilience < wire`.
+//! `identity < workload < request, rule < read < policy < document < resilience < backend < route < authz < view <
+//! wire`.
 
+pub mod authz;
+pub mod backend;
 pub mod document;
 pub mod identity;
 pub mod policy;
 mod read;
 pub mod request;
+pub mod resilience;
+pub mod route;
+pub mod rule;
+pub mod view;
 pub mod wire;
 pub mod workload;

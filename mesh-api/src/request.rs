@@ -13,3 +13,15 @@ pub trait Request {
     /// The first value of a header that is valid UTF-8; `name` is lower case.
     fn header(&self, name: &str) -> Option<&str>;
 }
+
+/// The host of an authority, without its port; an IPv6 literal keeps its brackets.
+pub fn host_of(authority: &str) -> &str {
+    match authority.rsplit_once(':') {
+        Some((host, port))
+            if port.bytes().all(|b| b.is_ascii_digit()) && (!host.contains(':') || host.ends_with(']')) =>
+        {
+            host
+        }
+        _ => authority,
+    }
+}

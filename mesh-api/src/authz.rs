@@ -1,0 +1,424 @@
+//! Authorization: may this source do this at this destination?
+//!
+//! Stands at the destination's agent, after the source is identified and before a byte reaches the application; asked
+//! once per connection and, where a rule needs to see the request, once per request. It is the only maker of a
+//! [`Permit`], and delivery takes a `&Permit`, so that forwarding without a decision cannot be written.
+//!
+//! Deny beats allow. Once an Allow policy applies to a workload's port, what no rule allows there is denied. A doubt
+//! is a denial: an opaque flow under a Deny that asks about requests is denied, and a path that reads differently as
+//! sent and as an application may normalize it is allowed only if both readings are, and denied if either is.
+
+use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
+
+pub use crate::rule::RuleId;
+use crate::{
+    identity::SpiffeId,
+    policy::{AccessRule, HeaderMatch, MtlsMode, PathMatch, SourceClause, TargetClause},
+    request::{Request, host_of},
+    resilience::LimitSettings,
+    route::{path_matches, percent_decode},
+    workload::{AppProtocol, Revision, Service},
+};
+
+/// What holds for connections to one port of one workload. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct InboundPolicy {
+    /// The workload's own port.
+    pub port: u16,
+    /// Whether plaintext is taken.
+    pub mtls: MtlsMode,
+    /// Who may do what.
+    pub access: Arc<AccessRules>,
+    /// Every limit that applies; each may refuse.
+    pub limits: Arc<[LimitSettings]>,
+    /// What the port speaks.
+    pub protocol: AppProtocol,
+    /// The services that this port serves, ordered by name; for names in telemetry.
+    pub services: Arc<[Arc<Service>]>,
+}
+
+/// The access rules of one port of one workload, compiled with a view.
+#[derive(Clone, Debug)]
+pub struct AccessRules {
+    revision: Revision,
+    deny: Vec<NamedRule>,
+    allow: Vec<NamedRule>,
+    otherwise: Otherwise,
+}
+
+/// A rule and its name.
+#[derive(Clone, Debug)]
+pub struct NamedRule {
+    /// `accesspolicy/<namespace>/<name>/<rule name or index>`.
+    pub id: RuleId,
+    /// The rule.
+    pub rule: Arc<AccessRule>,
+}
+
+/// What holds where no rule matches.
+#[derive(Clone, Debug)]
+enum Otherwise {
+    Allow,
+    Deny(RuleId, DenyReason),
+}
+
+/// Leave to do what was asked, and by which rule of which revision. Only this module makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Permit {
+    rule: RuleId,
+    revision: Revision,
+}
+
+/// The refusal of what was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denied {
+    /// The rule that denied: an AccessPolicy's, `default-deny:<policy>`, `mtls-strict` or `unknown-workload`.
+    pub rule: RuleId,
+    /// The view's revision.
+    pub revision: Revision,
+    /// Why.
+    pub reason: DenyReason,
+}
+
+/// Why something is denied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenyReason {
+    /// Mutual TLS is strict and the source has no proven identity.
+    MtlsStrict,
+    /// A Deny rule matches.
+    DenyRule,
+    /// An Allow policy applies and none of its rules matches.
+    NoAllowRule,
+    /// The view does not know the destination.
+    UnknownWorkload,
+}
+
+/// What is known of the source.
+#[derive(Clone, Copy, Debug)]
+pub struct SourceAttributes<'a> {
+    /// The identity that its tunnel (or, on the same node, its pod) proves.
+    pub identity: Option<&'a SpiffeId>,
+    /// Its address.
+    pub address: IpAddr,
+    /// Its port: for records, no rule asks for it.
+    pub port: u16,
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Decision {
+    /// Go on.
+    Permit(Permit),
+    /// Stop.
+    Denied(Denied),
+    /// A rule must see the request first: ask again for each. For a flow that has none, ask [`decide_flow`].
+    NeedsRequest,
+}
+
+/// How far a rule matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fit {
+    No,
+    Yes,
+    /// The source and port match; the rest needs a request.
+    NeedsRequest,
+}
+
+/// Which side a doubt is decided for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Allow,
+    Deny,
+}
+
+impl Permit {
+    /// The rule that allowed: an AccessPolicy's, or `default-allow`.
+    pub fn rule(&self) -> &RuleId {
+        &self.rule
+    }
+
+    /// The revision of the view that it was decided by.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+}
+
+impl AccessRules {
+    /// Rules where `default_deny` names the Allow policy that turns the default around.
+    pub fn new(
+        revision: Revision,
+        deny: Vec<NamedRule>,
+        allow: Vec<NamedRule>,
+        default_deny: Option<RuleId>,
+    ) -> AccessRules {
+        let otherwise = match default_deny {
+            Some(rule) => Otherwise::Deny(rule, DenyReason::NoAllowRule),
+            None => Otherwise::Allow,
+        };
+        AccessRules { revision, deny, allow, otherwise }
+    }
+
+    /// For a destination that the view does not know.
+    pub fn unknown_workload(revision: Revision) -> AccessRules {
+        AccessRules {
+            revision,
+            deny: Vec::new(),
+            allow: Vec::new(),
+            otherwise: Otherwise::Deny(RuleId::UNKNOWN_WORKLOAD, DenyReason::UnknownWorkload),
+        }
+    }
+
+    /// Whether nothing is restricted, whoever asks.
+    pub fn allows_everything(&self) -> bool {
+        self.deny.is_empty() && matches!(self.otherwise, Otherwise::Allow)
+    }
+
+    /// Whether some rule asks about requests.
+    pub fn needs_requests(&self) -> bool {
+        let asks = |named: &NamedRule| named.rule.to.iter().any(TargetClause::needs_request);
+        self.deny.iter().chain(&self.allow).any(asks)
+    }
+
+    /// The view's revision.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    fn permit(&self, rule: &RuleId) -> Decision {
+        Decision::Permit(Permit { rule: rule.clone(), revision: self.revision })
+    }
+
+    fn denied(&self, rule: &RuleId, reason: DenyReason) -> Decision {
+        Decision::Denied(Denied { rule: rule.clone(), revision: self.revision, reason })
+    }
+}
+
+/// Decides a connection (`l7` is `None`) or a request.
+pub fn decide(inbound: &InboundPolicy, source: &SourceAttributes<'_>, l7: Option<&dyn Request>) -> Decision {
+    let access = &*inbound.access;
+    if inbound.mtls == MtlsMode::Strict && source.identity.is_none() {
+        return access.denied(&RuleId::MTLS_STRICT, DenyReason::MtlsStrict);
+    }
+    let fit = |named: &NamedRule, side: Side| rule_fit(&named.rule, inbound.port, source, l7, side);
+    let mut open_question = false;
+    for named in &access.deny {
+        match fit(named, Side::Deny) {
+            Fit::Yes => return access.denied(&named.id, DenyReason::DenyRule),
+            Fit::NeedsRequest => open_question = true,
+            Fit::No => {}
+        }
+    }
+    let mut allowed_by = None;
+    let mut may_be_allowed = false;
+    for named in &access.allow {
+        match fit(named, Side::Allow) {
+            Fit::Yes => {
+                allowed_by = Some(&named.id);
+                break;
+            }
+            Fit::NeedsRequest => may_be_allowed = true,
+            Fit::No => {}
+        }
+    }
+    match (allowed_by, &access.otherwise) {
+        (None, Otherwise::Deny(..)) if may_be_allowed => Decision::NeedsRequest,
+        (None, Otherwise::Deny(rule, reason)) => access.denied(rule, *reason),
+        _ if open_question => Decision::NeedsRequest,
+        (Some(rule), _) => access.permit(rule),
+        (None, Otherwise::Allow) => access.permit(&RuleId::ALLOW_BY_DEFAULT),
+    }
+}
+
+/// Decides a flow of opaque bytes: it has no requests, so an Allow that asks about them cannot match, and a Deny
+/// that asks about them does.
+pub fn decide_flow(inbound: &InboundPolicy, source: &SourceAttributes<'_>) -> Result<Permit, Denied> {
+    let access = &*inbound.access;
+    match decide(inbound, source, None) {
+        Decision::Permit(permit) => Ok(permit),
+        Decision::Denied(denied) => Err(denied),
+        Decision::NeedsRequest => {
+            let open = |named: &&NamedRule| {
+                rule_fit(&named.rule, inbound.port, source, None, Side::Deny) == Fit::NeedsRequest
+            };
+            let (rule, reason) = match (access.deny.iter().find(open), &access.otherwise) {
+                (Some(named), _) => (&named.id, DenyReason::DenyRule),
+                (None, Otherwise::Deny(rule, reason)) => (rule, *reason),
+                // Not reached: without a Deny in question only an Allow can be, and then the default is to deny.
+                (None, Otherwise::Allow) => (&RuleId::UNKNOWN_WORKLOAD, DenyReason::DenyRule),
+            };
+            Err(Denied { rule: rule.clone(), revision: access.revision, reason })
+        }
+    }
+}
+
+/// A rule matches when one of `from` (or none is given) and one of `to` (or none is given) match.
+fn rule_fit(
+    rule: &AccessRule,
+    port: u16,
+    source: &SourceAttributes<'_>,
+    l7: Option<&dyn Request>,
+    side: Side,
+) -> Fit {
+    if !rule.from.is_empty() && !rule.from.iter().any(|clause| source_fits(clause, source)) {
+        return Fit::No;
+    }
+    if rule.to.is_empty() {
+        return Fit::Yes;
+    }
+    let mut best = Fit::No;
+    for clause in &rule.to {
+        match target_fit(clause, port, l7, side) {
+            Fit::Yes => return Fit::Yes,
+            Fit::NeedsRequest => best = Fit::NeedsRequest,
+            Fit::No => {}
+        }
+    }
+    best
+}
+
+/// Every field that is not empty must have a value that matches.
+fn source_fits(clause: &SourceClause, source: &SourceAttributes<'_>) -> bool {
+    let identity_fits = clause.identities.is_empty()
+        || source.identity.is_some_and(|id| clause.identities.iter().any(|wanted| wanted.matches(id)));
+    let namespace_fits = clause.namespaces.is_empty()
+        || source
+            .identity
+            .and_then(SpiffeId::namespace)
+            .is_some_and(|ns| clause.namespaces.iter().any(|wanted| wanted == ns));
+    let address = source.address.to_canonical();
+    let address_fits = clause.cidrs.is_empty() || clause.cidrs.iter().any(|net| net.contains(&address));
+    identity_fits && namespace_fits && address_fits
+}
+
+fn target_fit(clause: &TargetClause, port: u16, l7: Option<&dyn Request>, side: Side) -> Fit {
+    if !clause.ports.is_empty() && !clause.ports.contains(&port) {
+        return Fit::No;
+    }
+    if !clause.needs_request() {
+        return Fit::Yes;
+    }
+    let Some(request) = l7 else {
+        return Fit::NeedsRequest;
+    };
+    let host = request.authority().map(host_of);
+    let host_fits = clause.hosts.is_empty() || host.is_some_and(|host| clause.hosts.iter().any(|h| h.matches(host)));
+    let method_fits = clause.methods.is_empty() || clause.methods.iter().any(|method| method == request.method());
+    let headers_fit = clause.headers.iter().all(|header| header_fits(header, request));
+    if host_fits && method_fits && headers_fit && paths_fit(&clause.paths, request.path(), side) {
+        Fit::Yes
+    } else {
+        Fit::No
+    }
+}
+
+fn header_fits(wanted: &HeaderMatch, request: &dyn Request) -> bool {
+    request.header(&wanted.name).is_some_and(|value| wanted.value.matches(value))
+}
+
+fn paths_fit(wanted: &[PathMatch], path: &str, side: Side) -> bool {
+    if wanted.is_empty() {
+        return true;
+    }
+    let as_sent = wanted.iter().any(|pattern| path_matches(pattern, path));
+    match (side, as_application_reads(path)) {
+        (_, None) => as_sent,
+        (Side::Allow, Some(reading)) => as_sent && wanted.iter().any(|pattern| reading_matches(pattern, &reading)),
+        (Side::Deny, Some(reading)) => as_sent || wanted.iter().any(|pattern| reading_matches(pattern, &reading)),
+    }
+}
+
+/// The pattern is read like the path, so that an escape in the policy means the same as one in the path.
+fn reading_matches(pattern: &PathMatch, reading: &str) -> bool {
+    fn read(text: &str) -> Cow<'_, str> {
+        as_application_reads(text).map_or(Cow::Borrowed(text), Cow::Owned)
+    }
+    match pattern {
+        PathMatch::Exact(text) => path_matches(&PathMatch::Exact(read(text).into_owned()), reading),
+        PathMatch::PathPrefix(text) => path_matches(&PathMatch::PathPrefix(read(text).into_owned()), reading),
+        PathMatch::RegularExpression(_) => path_matches(pattern, reading),
+    }
+}
+
+/// The path as an application may read it: escapes decoded, backslashes as slashes, repeated slashes as one, `.` and
+/// `..` resolved. `None` if that is the path as sent.
+fn as_application_reads(path: &str) -> Option<String> {
+    let bytes = path.as_bytes();
+    let has_pair = |first: u8, second: &[u8]| {
+        bytes.windows(2).any(|pair| matches!(pair, [a, b] if *a == first && second.contains(b)))
+    };
+    if !bytes.iter().any(|b| matches!(b, b'%' | b'\\')) && !has_pair(b'/', b"/.") {
+        return None;
+    }
+    let decoded: Vec<u8> =
+        percent_decode(bytes).into_iter().map(|byte| if byte == b'\\' { b'/' } else { byte }).collect();
+    let text = String::from_utf8_lossy(&decoded);
+    let mut elements: Vec<&str> = Vec::new();
+    for element in text.split('/') {
+        match element {
+            "" | "." => {}
+            ".." => {
+                elements.pop();
+            }
+            element => elements.push(element),
+        }
+    }
+    let mut reading = String::with_capacity(text.len());
+    for element in &elements {
+        reading.push('/');
+        reading.push_str(element);
+    }
+    let ends_with_slash = matches!(text.rsplit('/').next(), Some("" | "." | ".."));
+    if ends_with_slash || reading.is_empty() {
+        reading.push('/');
+    }
+    Some(reading)
+}
+
+impl fmt::Display for Denied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "denied by {} at revision {}", self.rule, self.revision)
+    }
+}
+
+impl std::error::Error for Denied {}
+
+impl DenyReason {
+    /// For people.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            DenyReason::MtlsStrict => "mutual TLS is strict and the source has no proven identity",
+            DenyReason::DenyRule => "a Deny rule matches",
+            DenyReason::NoAllowRule => "an Allow policy applies and none of its rules matches",
+            DenyReason::UnknownWorkload => "the destination is not known",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_read_as_an_application_may() {
+        let cases = [
+            ("/a/b", None),
+            ("/", None),
+            ("/a//b", Some("/a/b")),
+            ("/a/./b", Some("/a/b")),
+            ("/a/../b", Some("/b")),
+            ("/a/b/..", Some("/a/")),
+            ("/../..", Some("/")),
+            ("/%61dmin", Some("/admin")),
+            ("/a%2f%2e%2E%2fb", Some("/b")),
+            ("/a\\b", Some("/a/b")),
+            ("/a/.b", Some("/a/.b")),
+            ("/100%", Some("/100%")),
+            ("/a/%", Some("/a/%")),
+            ("", None),
+        ];
+        for (path, reading) in cases {
+            assert_eq!(as_application_reads(path).as_deref(), reading, "{path}");
+        }
+    }
+}

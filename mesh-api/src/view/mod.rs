@@ -1,0 +1,185 @@
+//! The view: one immutable revision of workloads, services and policy, with everything decided that can be before
+//! traffic comes.
+//!
+//! An agent holds one behind a pointer and replaces it whole; a connection or request loads the pointer once, so that
+//! no decision ever mixes two revisions. Lookups are one hash each; what they hand out is shared, never copied.
+//! Compiling is total: there is no view that fails to come about. What a policy names and is not there refuses where
+//! it matters (a missing backend's share gets 500, a missing workload is denied), and never lets something pass.
+//!
+//! Where several policies apply, the most specific target wins, field by field, for MeshPolicy and TrafficPolicy: a
+//! port of a service or of selected workloads, then the service or the workloads, the namespace, the mesh. Between
+//! equals the stricter mutual TLS mode holds, else the policy whose `namespace/name` comes first. AccessPolicies and
+//! RateLimits add up.
+
+mod attach;
+mod compile;
+mod inbound;
+mod routes;
+mod settings;
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use self::inbound::InboundSet;
+pub use crate::{
+    authz::InboundPolicy,
+    backend::{Backend, BackendKey},
+};
+use crate::{
+    authz::AccessRules,
+    document::Resource,
+    identity::TrustDomain,
+    policy::MtlsMode,
+    route::RouteTable,
+    workload::{AppProtocol, Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
+};
+
+/// One revision of what the mesh knows.
+#[derive(Clone, Debug)]
+pub struct View {
+    trust_domain: TrustDomain,
+    revision: Revision,
+    workloads: HashMap<ObjectName, Arc<Workload>>,
+    workloads_by_address: HashMap<IpAddr, Arc<Workload>>,
+    workloads_by_node: HashMap<Arc<str>, Vec<Arc<Workload>>>,
+    services: HashMap<ObjectName, Arc<ServiceView>>,
+    ports_by_address: HashMap<SocketAddr, Arc<ServicePortView>>,
+    services_by_address: HashMap<IpAddr, Arc<Service>>,
+    inbound: HashMap<ObjectName, InboundSet>,
+    inbound_of_unknown: InboundPolicy,
+}
+
+/// What an original destination is.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// A port of a service's address: routes and balancing apply.
+    ServicePort(Arc<ServicePortView>),
+    /// A workload's own address: no route touches it.
+    Workload(Endpoint),
+    /// A service's address, at a port that the service does not have: nobody can answer there.
+    NoPort(Arc<Service>),
+    /// Nothing that the mesh knows.
+    Outside,
+}
+
+/// A service and its ports.
+#[derive(Clone, Debug)]
+pub struct ServiceView {
+    /// The service.
+    pub service: Arc<Service>,
+    /// Its ports, in the service's order.
+    pub ports: Vec<Arc<ServicePortView>>,
+}
+
+/// One port of a service.
+#[derive(Clone, Debug)]
+pub struct ServicePortView {
+    /// The service.
+    pub service: Arc<Service>,
+    /// The port.
+    pub port: ServicePort,
+    /// Its routes; `None`: all requests go to `backend`.
+    pub routes: Option<Arc<RouteTable>>,
+    /// The service itself, for opaque flows and where no route says otherwise.
+    pub backend: Arc<Backend>,
+}
+
+impl View {
+    /// The view before anything is known: revision 0, and every destination is outside.
+    pub fn empty(trust_domain: TrustDomain) -> View {
+        View::compile(trust_domain, Revision::default(), &[])
+    }
+
+    /// The view of these resources; of two with one key the later counts.
+    pub fn compile(trust_domain: TrustDomain, revision: Revision, resources: &[Resource]) -> View {
+        compile::compile(trust_domain, revision, resources)
+    }
+
+    /// The mesh's trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The view's revision.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// The workload that has this address.
+    pub fn workload_by_address(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
+        self.workloads_by_address.get(&ip.to_canonical())
+    }
+
+    /// The workload of that name.
+    pub fn workload(&self, name: &ObjectName) -> Option<&Arc<Workload>> {
+        self.workloads.get(name)
+    }
+
+    /// All workloads, in no order.
+    pub fn workloads(&self) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// The workloads of a node, ordered by name.
+    pub fn workloads_on(&self, node: &str) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
+        self.workloads_by_node.get(node).map(Vec::as_slice).unwrap_or_default().iter()
+    }
+
+    /// The service of that name.
+    pub fn service(&self, name: &ObjectName) -> Option<&Arc<ServiceView>> {
+        self.services.get(name)
+    }
+
+    /// All services, in no order.
+    pub fn services(&self) -> impl ExactSizeIterator<Item = &Arc<ServiceView>> {
+        self.services.values()
+    }
+
+    /// What an original destination is.
+    pub fn destination(&self, address: SocketAddr) -> Destination {
+        let ip = address.ip().to_canonical();
+        let address = SocketAddr::new(ip, address.port());
+        if let Some(port) = self.ports_by_address.get(&address) {
+            Destination::ServicePort(port.clone())
+        } else if let Some(workload) = self.workloads_by_address.get(&ip) {
+            Destination::Workload(Endpoint { workload: workload.clone(), address })
+        } else if let Some(service) = self.services_by_address.get(&ip) {
+            Destination::NoPort(service.clone())
+        } else {
+            Destination::Outside
+        }
+    }
+
+    /// What holds for connections to that port of that workload. For one that the view does not know everything is
+    /// denied.
+    pub fn inbound(&self, workload: &ObjectName, port: u16) -> InboundPolicy {
+        let mut policy = match self.inbound.get(workload) {
+            Some(set) => set.at(port).clone(),
+            None => self.inbound_of_unknown.clone(),
+        };
+        policy.port = port;
+        policy
+    }
+}
+
+impl ServiceView {
+    /// The port of that number.
+    pub fn port(&self, port: u16) -> Option<&Arc<ServicePortView>> {
+        self.ports.iter().find(|view| view.port.port == port)
+    }
+}
+
+/// What holds at a destination that the view does not know: nothing is let in.
+fn inbound_of_unknown(revision: Revision) -> InboundPolicy {
+    InboundPolicy {
+        port: 0,
+        mtls: MtlsMode::Strict,
+        access: Arc::new(AccessRules::unknown_workload(revision)),
+        limits: Arc::default(),
+        protocol: AppProtocol::Detect,
+        services: Arc::default(),
+    }
+}
