@@ -8,3 +8,7 @@ pub mod transport;
 pub mod drain;
 pub mod event;
 pub mod view;
+pub mod tunnel;
+pub mod kernel;
+pub mod pods;
+pub mod relay;

@@ -1,0 +1,169 @@
+//! Where we are: the agent's own cgroup, the node's cgroup2 root, the node's addresses, and the bpffs.
+//!
+//! The agent's sockets are told from a pod's by mark and cgroup together: a pod may set the mark if it holds
+//! CAP_NET_ADMIN, but it is not in the agent's cgroup. (Process ids would not do: pid namespaces renumber them.)
+
+use std::{
+    ffi::CString,
+    fs, io,
+    mem::MaybeUninit,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    path::{Path, PathBuf},
+    ptr,
+};
+
+use mesh_abi::NODE_ADDRESSES_MAX;
+
+use super::KernelError;
+
+const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
+
+fn not_found(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, what)
+}
+
+/// The id of a cgroup2 directory, as `bpf_get_current_cgroup_id` returns it: the inode.
+pub fn cgroup_id(path: &Path) -> Result<u64, KernelError> {
+    fs::metadata(path)
+        .map(|metadata| metadata.ino())
+        .map_err(|source| KernelError::Cgroup {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// The mount point of the cgroup2 hierarchy and the root of that mount within the hierarchy.
+fn cgroup2_mount() -> Result<(PathBuf, PathBuf), KernelError> {
+    let path = Path::new("/proc/self/mountinfo");
+    let failed = |source| KernelError::Cgroup {
+        path: path.to_owned(),
+        source,
+    };
+    let text = fs::read_to_string(path).map_err(failed)?;
+    text.lines()
+        .find_map(|line| {
+            let (mount, kind) = line.split_once(" - ")?;
+            let mut fields = mount.split(' ').skip(3);
+            let (root, point) = (fields.next()?, fields.next()?);
+            kind.starts_with("cgroup2 ")
+                .then(|| (PathBuf::from(point), PathBuf::from(root)))
+        })
+        .ok_or_else(|| failed(not_found("no cgroup2 file system is mounted")))
+}
+
+/// The root of the cgroup2 hierarchy, as far as this process sees it.
+pub fn cgroup2_root() -> Result<PathBuf, KernelError> {
+    cgroup2_mount().map(|(point, _)| point)
+}
+
+/// The id of the cgroup2 that this process is in.
+pub fn own_cgroup_id() -> Result<u64, KernelError> {
+    let path = Path::new("/proc/self/cgroup");
+    let failed = |source| KernelError::Cgroup {
+        path: path.to_owned(),
+        source,
+    };
+    let text = fs::read_to_string(path).map_err(failed)?;
+    let own = text
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .ok_or_else(|| failed(not_found("this process is in no cgroup2")))?;
+    let (point, root) = cgroup2_mount()?;
+    let below = Path::new(own)
+        .strip_prefix(&root)
+        .map_err(|_| failed(not_found("this process's cgroup2 is outside the mounted hierarchy")))?;
+    cgroup_id(&point.join(below))
+}
+
+/// The node's addresses, from the interfaces of the calling process's network namespace: without loopback and
+/// link-local ones, at most [`NODE_ADDRESSES_MAX`].
+pub fn node_addresses() -> io::Result<Vec<IpAddr>> {
+    let mut list: *mut libc::ifaddrs = ptr::null_mut();
+    // SAFETY: `list` is a valid place for the pointer.
+    if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut addresses = Vec::new();
+    let mut next = list;
+    // SAFETY: the list is the kernel's, ends with a null pointer, and is freed only below.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        next = entry.ifa_next;
+        // SAFETY: `ifa_addr` is null or points to an address of the family that it names.
+        let Some(ip) = (unsafe { ip_of(entry.ifa_addr) }) else {
+            continue;
+        };
+        let is_usable = match ip {
+            IpAddr::V4(ip) => !ip.is_loopback(),
+            IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
+        };
+        if is_usable && !addresses.contains(&ip) && addresses.len() < NODE_ADDRESSES_MAX {
+            addresses.push(ip);
+        }
+    }
+    // SAFETY: `list` came from `getifaddrs` and is freed once.
+    unsafe { libc::freeifaddrs(list) };
+    Ok(addresses)
+}
+
+/// # Safety
+/// `address` must be null or point to a socket address of the family that it names.
+unsafe fn ip_of(address: *const libc::sockaddr) -> Option<IpAddr> {
+    // SAFETY: by the caller's promise; every socket address begins with its family.
+    let family = unsafe { address.as_ref() }?.sa_family;
+    match i32::from(family) {
+        libc::AF_INET => {
+            // SAFETY: the family says that this is a `sockaddr_in`.
+            let address = unsafe { &*address.cast::<libc::sockaddr_in>() };
+            Some(Ipv4Addr::from(u32::from_be(address.sin_addr.s_addr)).into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: the family says that this is a `sockaddr_in6`.
+            let address = unsafe { &*address.cast::<libc::sockaddr_in6>() };
+            Some(Ipv6Addr::from(address.sin6_addr.s6_addr).into())
+        }
+        _ => None,
+    }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn is_bpffs(path: &Path) -> io::Result<bool> {
+    let path = c_path(path)?;
+    let mut stat = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the path is a C string, and the structure is written before it is read.
+    if unsafe { libc::statfs(path.as_ptr(), stat.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `statfs` succeeded.
+    Ok(unsafe { stat.assume_init() }.f_type == BPF_FS_MAGIC)
+}
+
+/// Makes the pin directory, on a bpffs which is mounted if there is none: at `/sys/fs/bpf` for a directory below it,
+/// else at the directory's parent.
+pub fn ensure_pin_dir(pin_dir: &Path) -> Result<(), KernelError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| KernelError::Bpffs { path, source }
+    };
+    let existing = pin_dir.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
+    if !is_bpffs(existing).map_err(failed(existing))? {
+        let usual = Path::new("/sys/fs/bpf");
+        let point = if pin_dir.starts_with(usual) {
+            usual
+        } else {
+            pin_dir.parent().unwrap_or(pin_dir)
+        };
+        fs::create_dir_all(point).map_err(failed(point))?;
+        let target = c_path(point).map_err(failed(point))?;
+        // SAFETY: all arguments are C strings that outlive the call, or null.
+        let result = unsafe { libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, ptr::null()) };
+        if result != 0 {
+            return Err(failed(point)(io::Error::last_os_error()));
+        }
+        tracing::info!(path = %point.display(), "mounted a bpffs");
+    }
+    fs::create_dir_all(pin_dir).map_err(failed(pin_dir))
+}

@@ -1,0 +1,88 @@
+//! A pod that the agent holds: who it is, and a way to make sockets in its network namespace.
+
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::{FromRawFd, IntoRawFd},
+    sync::Arc,
+};
+
+use arc_swap::ArcSwap;
+use mesh_abi::AGENT_MARK;
+use mesh_api::{
+    identity::SpiffeId,
+    workload::{ObjectName, Workload},
+};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::TcpSocket;
+
+use super::Netns;
+use crate::kernel::NetnsCookie;
+
+/// A pod of this node. Lives as long as a connection of it does; keeps the network namespace open.
+#[derive(Debug)]
+pub struct Pod {
+    name: ObjectName,
+    identity: SpiffeId,
+    netns: Netns,
+    workload: ArcSwap<Workload>,
+}
+
+impl Pod {
+    /// A pod with its network namespace.
+    pub fn new(workload: Arc<Workload>, netns: Netns) -> Pod {
+        Pod {
+            name: workload.name.clone(),
+            identity: workload.identity.clone(),
+            netns,
+            workload: ArcSwap::new(workload),
+        }
+    }
+
+    /// Its name; never changes.
+    pub fn name(&self) -> &ObjectName {
+        &self.name
+    }
+
+    /// Its identity; never changes: a pod with another one is another pod.
+    pub fn identity(&self) -> &SpiffeId {
+        &self.identity
+    }
+
+    /// What is known of it now.
+    pub fn workload(&self) -> Arc<Workload> {
+        self.workload.load_full()
+    }
+
+    /// Its network namespace's cookie.
+    pub fn cookie(&self) -> NetnsCookie {
+        self.netns.cookie()
+    }
+
+    /// Its network namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// Its first address of a family.
+    pub fn address(&self, ipv6: bool) -> Option<IpAddr> {
+        self.workload.load().address(ipv6)
+    }
+
+    /// A non-blocking TCP socket in the pod's network namespace, marked as the agent's own, so that it is not
+    /// captured. Synchronous: the calling thread is in the namespace for some microseconds.
+    pub fn socket(&self, ipv6: bool) -> io::Result<TcpSocket> {
+        let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
+        let socket = self
+            .netns
+            .run(|| Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP)))??;
+        socket.set_mark(AGENT_MARK)?;
+        // SAFETY: the descriptor is ours, open, and a TCP socket.
+        Ok(unsafe { TcpSocket::from_raw_fd(socket.into_raw_fd()) })
+    }
+
+    /// Takes what is newly known; name and identity are the same.
+    pub(super) fn update(&self, workload: Arc<Workload>) {
+        self.workload.store(workload);
+    }
+}

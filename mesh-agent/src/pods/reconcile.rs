@@ -1,0 +1,372 @@
+//! Reconciliation: bring what is held to what is wanted, pod by pod, and say how each stands.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{SocketAddr, TcpListener},
+    os::fd::AsFd,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_abi::{PORTS_MAX, PortSet};
+use mesh_api::workload::{ObjectName, Workload};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{Chain, Directory, Netns, Pod, PodError, PodListeners, PodStatus, Serving, WorkerCommand, listeners};
+use crate::kernel::{Kernel, NetnsCookie, PodCapture};
+
+/// How long workers may take to serve new listeners before their pods are called not captured.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The pods of this node.
+pub struct Pods {
+    kernel: Arc<Kernel>,
+    workers: Vec<mpsc::Sender<WorkerCommand>>,
+    home: NetnsCookie,
+    held: BTreeMap<ObjectName, Held>,
+    statuses: BTreeMap<ObjectName, PodStatus>,
+    directory: Directory,
+    /// Whether pods that an earlier agent captured and nobody wants any more have been retired.
+    is_swept: bool,
+}
+
+/// A pod that the agent holds.
+struct Held {
+    pod: Arc<Pod>,
+    outbound: Vec<SocketAddr>,
+    inbound: Vec<SocketAddr>,
+    /// One member of each steered group, to enter into the kernel's map when addresses change.
+    steered: Vec<TcpListener>,
+    /// Each worker, and the listeners made for it that it has not been given.
+    seats: Vec<Seat>,
+    /// Whether the kernel knows the pod's present workload.
+    is_enrolled: bool,
+    /// What the pod's capture leaves out.
+    reservation: Option<String>,
+}
+
+/// One worker's part in serving a pod.
+enum Seat {
+    /// Its listeners wait to be handed over.
+    Ready {
+        outbound: Vec<TcpListener>,
+        inbound: Vec<TcpListener>,
+    },
+    /// It was given listeners and has not confirmed them.
+    Asked,
+    /// It serves.
+    Serving,
+}
+
+/// A confirmation awaited: whose, of which worker.
+struct Wait {
+    name: ObjectName,
+    worker: usize,
+    confirmed: oneshot::Receiver<()>,
+}
+
+impl Pods {
+    /// No pods yet. `workers` are the data workers' command queues, in their order.
+    pub fn new(kernel: Arc<Kernel>, workers: Vec<mpsc::Sender<WorkerCommand>>) -> io::Result<Pods> {
+        Ok(Pods {
+            kernel,
+            workers,
+            home: Netns::current()?.cookie(),
+            held: BTreeMap::new(),
+            statuses: BTreeMap::new(),
+            directory: Directory::default(),
+            is_swept: false,
+        })
+    }
+
+    /// The pods held, for the workers.
+    pub fn directory(&self) -> Directory {
+        self.directory.clone()
+    }
+
+    /// How each pod of this node stands, by name.
+    pub fn statuses(&self) -> Vec<PodStatus> {
+        self.statuses.values().cloned().collect()
+    }
+
+    /// Whether every enrolled pod is captured; if not, reconcile again soon.
+    pub fn is_settled(&self) -> bool {
+        self.is_swept && self.statuses.values().all(|status| status.captured == status.enrolled)
+    }
+
+    /// Brings the pods held to those wanted: every workload of this node in the present view, enrolled or not.
+    ///
+    /// Idempotent; call it on every new view, and again after a while as long as it is not settled. Never call it
+    /// before there is a view: what an earlier agent captured and nobody wants is retired.
+    pub async fn reconcile(&mut self, wanted: &[Arc<Workload>]) {
+        let enrolled: BTreeMap<&ObjectName, &Arc<Workload>> = wanted
+            .iter()
+            .filter(|workload| workload.enrolled)
+            .map(|workload| (&workload.name, workload))
+            .collect();
+        self.retire_gone(&enrolled).await;
+
+        let mut problems: BTreeMap<ObjectName, PodError> = BTreeMap::new();
+        for (name, workload) in &enrolled {
+            if let Err(problem) = self.hold(workload) {
+                problems.insert((*name).clone(), problem);
+            }
+        }
+        // Workers must find a pod as soon as its first connection comes in.
+        self.directory.replace(self.held.values().map(|held| &held.pod));
+
+        let mut waits = Vec::new();
+        for name in self.held.keys().cloned().collect::<Vec<_>>() {
+            if let Err(problem) = self.guard(&name, &mut waits).await {
+                problems.insert(name, problem);
+            }
+        }
+        self.settle(waits, &mut problems).await;
+
+        self.statuses = wanted
+            .iter()
+            .map(|workload| (workload.name.clone(), self.status(workload, &problems)))
+            .collect();
+        if !self.is_swept && enrolled.keys().all(|name| self.held.contains_key(*name)) {
+            self.is_swept = self.retire_strangers();
+        }
+    }
+
+    /// Retires every pod; for uninstalling, not for a restart, which leaves them guarded.
+    pub async fn retire_all(&mut self) {
+        self.reconcile(&[]).await;
+    }
+
+    fn status(&self, workload: &Workload, problems: &BTreeMap<ObjectName, PodError>) -> PodStatus {
+        let problem = problems.get(&workload.name).map(|problem| Chain(problem).to_string());
+        let held = self.held.get(&workload.name);
+        if let Some(reason) = &problem {
+            tracing::warn!(pod = %workload.name, reason, "an enrolled pod is not captured");
+        }
+        PodStatus {
+            name: workload.name.clone(),
+            enrolled: workload.enrolled,
+            captured: workload.enrolled && problem.is_none() && held.is_some(),
+            reason: problem.or_else(|| held.and_then(|held| held.reservation.clone())),
+        }
+    }
+
+    async fn retire_gone(&mut self, wanted: &BTreeMap<&ObjectName, &Arc<Workload>>) {
+        let gone: Vec<ObjectName> = self
+            .held
+            .iter()
+            .filter(|(name, held)| wanted.get(name).is_none_or(|workload| held.is_replaced_by(workload)))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in gone {
+            let Some(cookie) = self.held.get(&name).map(|held| held.pod.cookie()) else {
+                continue;
+            };
+            if let Err(error) = self.kernel.retire(cookie) {
+                // It stays held, so that the next reconciliation tries again.
+                tracing::error!(pod = %name, error = %Chain(&error), "a pod could not be retired");
+                continue;
+            }
+            self.held.remove(&name);
+            tracing::info!(pod = %name, %cookie, "a pod is retired");
+            for worker in &self.workers {
+                let _a_worker_that_is_gone_serves_nobody =
+                    timeout(CONFIRM_TIMEOUT, worker.send(WorkerCommand::Retire(cookie))).await;
+            }
+        }
+    }
+
+    /// Opens a pod's network namespace and makes its listeners, unless that is done.
+    fn hold(&mut self, workload: &Arc<Workload>) -> Result<(), PodError> {
+        if let Some(held) = self.held.get_mut(&workload.name) {
+            if *held.pod.workload() != **workload {
+                held.pod.update((*workload).clone());
+                held.is_enrolled = false;
+            }
+            return Ok(());
+        }
+        if workload.addresses.is_empty() {
+            return Err(PodError::NoAddress);
+        }
+        let path = Path::new(workload.netns.as_deref().ok_or(PodError::NoNetns)?);
+        let netns = Netns::open(path).map_err(|source| PodError::Netns {
+            path: path.to_owned(),
+            source,
+        })?;
+        if netns.cookie() == self.home {
+            return Err(PodError::HostNetwork);
+        }
+        if let Some((name, _)) = self.held.iter().find(|(_, held)| held.pod.cookie() == netns.cookie()) {
+            return Err(PodError::SharedNetns(name.clone()));
+        }
+        let held = Held::new(Pod::new((*workload).clone(), netns), self.workers.len()).map_err(PodError::Listen)?;
+        self.held.insert(workload.name.clone(), held);
+        Ok(())
+    }
+
+    /// Has the kernel capture a held pod and the workers serve it, as far as that is not done.
+    async fn guard(&mut self, name: &ObjectName, waits: &mut Vec<Wait>) -> Result<(), PodError> {
+        let Some(held) = self.held.get_mut(name) else {
+            return Ok(());
+        };
+        if !held.is_enrolled {
+            held.enrol(&self.kernel)?;
+        }
+        for (index, worker) in self.workers.iter().enumerate() {
+            let Some(seat) = held.seats.get_mut(index) else {
+                return Err(PodError::Worker(index));
+            };
+            let (outbound, inbound) = match std::mem::replace(seat, Seat::Asked) {
+                Seat::Ready { outbound, inbound } => (outbound, inbound),
+                Seat::Serving => {
+                    *seat = Seat::Serving;
+                    continue;
+                }
+                // It lost the listeners that it was given: it gets new ones in the same groups.
+                Seat::Asked => {
+                    let netns = held.pod.netns();
+                    let join = |groups: &[SocketAddr]| listeners::join(netns, groups).map_err(PodError::Listen);
+                    (join(&held.outbound)?, join(&held.inbound)?)
+                }
+            };
+            let (confirm, confirmed) = oneshot::channel();
+            let command = PodListeners {
+                pod: held.pod.clone(),
+                outbound,
+                inbound,
+                serving: Serving(confirm),
+            };
+            match timeout(CONFIRM_TIMEOUT, worker.send(WorkerCommand::Serve(command))).await {
+                Ok(Ok(())) => waits.push(Wait {
+                    name: name.clone(),
+                    worker: index,
+                    confirmed,
+                }),
+                Ok(Err(_)) | Err(_) => return Err(PodError::Worker(index)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Awaits the workers' confirmations, all until one deadline.
+    async fn settle(&mut self, waits: Vec<Wait>, problems: &mut BTreeMap<ObjectName, PodError>) {
+        let deadline = Instant::now() + CONFIRM_TIMEOUT;
+        for Wait {
+            name,
+            worker,
+            confirmed,
+        } in waits
+        {
+            let is_confirmed = matches!(timeout_at(deadline, confirmed).await, Ok(Ok(())));
+            let seat = self.held.get_mut(&name).and_then(|held| held.seats.get_mut(worker));
+            match seat {
+                Some(seat) if is_confirmed => *seat = Seat::Serving,
+                _ => {
+                    problems.entry(name).or_insert(PodError::Worker(worker));
+                }
+            }
+        }
+    }
+
+    /// Retires what an earlier agent captured and this one does not hold; says whether that is done.
+    fn retire_strangers(&self) -> bool {
+        let captured = match self.kernel.enrolled() {
+            Ok(captured) => captured,
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "captured pods could not be listed");
+                return false;
+            }
+        };
+        let mut is_done = true;
+        for cookie in captured {
+            if self.held.values().any(|held| held.pod.cookie() == cookie) {
+                continue;
+            }
+            match self.kernel.retire(cookie) {
+                Ok(()) => tracing::info!(%cookie, "a pod of an earlier agent is retired"),
+                Err(error) => {
+                    tracing::error!(%cookie, error = %Chain(&error), "a pod of an earlier agent could not be retired");
+                    is_done = false;
+                }
+            }
+        }
+        is_done
+    }
+}
+
+impl Held {
+    fn new(pod: Pod, workers: usize) -> io::Result<Held> {
+        let (outbound, inbound) = listeners::make(pod.netns(), workers)?;
+        let mut held = Held {
+            pod: Arc::new(pod),
+            outbound: outbound.iter().map(|group| group.address).collect(),
+            inbound: inbound.iter().map(|group| group.address).collect(),
+            steered: Vec::new(),
+            seats: Vec::with_capacity(workers),
+            is_enrolled: false,
+            reservation: None,
+        };
+        for group in &inbound {
+            held.steered
+                .extend(group.members.first().map(TcpListener::try_clone).transpose()?);
+        }
+        let mut outbound: Vec<_> = outbound.into_iter().map(|group| group.members.into_iter()).collect();
+        let mut inbound: Vec<_> = inbound.into_iter().map(|group| group.members.into_iter()).collect();
+        for _ in 0..workers {
+            held.seats.push(Seat::Ready {
+                outbound: outbound.iter_mut().filter_map(Iterator::next).collect(),
+                inbound: inbound.iter_mut().filter_map(Iterator::next).collect(),
+            });
+        }
+        Ok(held)
+    }
+
+    /// Whether the workload of the same name is another pod: another identity or network namespace. A namespace's
+    /// file that is merely gone says nothing yet.
+    fn is_replaced_by(&self, workload: &Workload) -> bool {
+        let moved = workload
+            .netns
+            .as_deref()
+            .is_some_and(|path| matches!(self.pod.netns().is_at(Path::new(path)), Ok(false)));
+        moved || *self.pod.identity() != workload.identity
+    }
+
+    fn enrol(&mut self, kernel: &Kernel) -> Result<(), PodError> {
+        let workload = self.pod.workload();
+        let steered = |ipv6: bool| {
+            let index = self.inbound.iter().position(|address| address.is_ipv6() == ipv6)?;
+            self.steered.get(index).map(AsFd::as_fd)
+        };
+        let captured = |ipv6: bool| self.outbound.iter().copied().find(|address| address.is_ipv6() == ipv6);
+        let mut reservations = Vec::new();
+        let mut ports = |what: &str, ports: &[u16]| {
+            PortSet::new(ports).unwrap_or_else(|_| {
+                // What does not fit is guarded like any other port.
+                reservations.push(format!("more than {PORTS_MAX} {what}: the rest is ignored"));
+                PortSet::new(ports.get(..PORTS_MAX).unwrap_or_default()).unwrap_or_default()
+            })
+        };
+        let capture = PodCapture {
+            cookie: self.pod.cookie(),
+            netns: self.pod.netns().as_fd(),
+            addresses: &workload.addresses,
+            outbound_v4: captured(false),
+            outbound_v6: captured(true),
+            inbound_v4: steered(false),
+            inbound_v6: steered(true),
+            exclude_outbound: ports("excluded outbound ports", &workload.exclude_outbound_ports),
+            exclude_inbound: ports("excluded inbound ports", &workload.exclude_inbound_ports),
+            probes: ports("probe ports", &workload.probe_ports),
+        };
+        kernel.enrol(&capture)?;
+        self.reservation = (!reservations.is_empty()).then(|| reservations.join("; "));
+        self.is_enrolled = true;
+        tracing::info!(pod = %self.pod.name(), cookie = %self.pod.cookie(), "a pod is captured");
+        Ok(())
+    }
+}

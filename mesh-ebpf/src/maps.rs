@@ -1,0 +1,72 @@
+//! Every map: type, bound, owner, and when entries go. All are pinned by user space, so that they outlive the agent.
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash},
+};
+use mesh_abi::{ABI_VERSION, Addr, Config, Endpoint, FlowKey, PodEntry, REASONS, Reason, SocketView, SteerEntry, maps};
+
+/// The contract's version, in the symbol's name: user space insists on finding it.
+#[unsafe(no_mangle)]
+pub static MESH_ABI_1: Global<u32> = Global::new(ABI_VERSION);
+
+/// The node's settings. One entry, written by the agent at start.
+#[map]
+pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// cgroup ids of living agents. Written by each agent at start, the oldest goes when it is full.
+#[map]
+pub static AGENTS: HashMap<u64, u64> = HashMap::with_max_entries(maps::AGENTS_MAX, 0);
+
+/// Enrolled pods by netns cookie. Written at enrolment, deleted at retirement, swept at the agent's start.
+#[map]
+pub static PODS: HashMap<u64, PodEntry> = HashMap::with_max_entries(maps::PODS_MAX, BPF_F_NO_PREALLOC);
+
+/// Addresses of enrolled pods. Written and deleted with `PODS`.
+#[map]
+pub static STEER: HashMap<Addr, SteerEntry> = HashMap::with_max_entries(maps::STEER_MAX, BPF_F_NO_PREALLOC);
+
+/// The agent's listeners by pod address. Written and deleted with `PODS`; a listener that closes leaves by itself.
+#[map]
+pub static LISTENERS: SockHash<Addr> = SockHash::with_max_entries(maps::STEER_MAX, 0);
+
+/// What `getpeername` and `getsockname` show of a socket. In the socket: freed with it, never evicted, not bounded by
+/// itself but by the sockets there are.
+#[btf_map]
+pub static SOCKETS: SkStorage<SocketView> = SkStorage::new();
+
+/// Original destinations of captured connections, until the agent takes them at `accept`. Least recently used go
+/// first: a flow that loses its entry is refused by the agent.
+#[map]
+pub static ORIG_BY_FLOW: LruHashMap<FlowKey, Endpoint> = LruHashMap::with_max_entries(maps::FLOWS_MAX, 0);
+
+/// The source that the agent delivers for, by its socket's address. Written before the agent connects, deleted by it
+/// when the connection ends; when it is full the agent refuses the delivery.
+#[map]
+pub static PEERS: HashMap<FlowKey, Endpoint> = HashMap::with_max_entries(maps::PEERS_MAX, BPF_F_NO_PREALLOC);
+
+/// How often each reason was given. Fixed size.
+#[map(name = "REASONS")]
+pub static REASON_COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASONS, 0);
+
+/// Counts a reason.
+#[inline(always)]
+pub fn count(reason: Reason) {
+    if let Some(counter) = REASON_COUNTS.get_ptr_mut(reason as u32) {
+        // SAFETY: the pointer is to this CPU's own 8-byte value, and programs of one CPU do not nest on it often
+        // enough to matter to a counter.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// The node's settings; `None` cannot happen with an array's only entry, but the verifier wants the question asked.
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    if MESH_ABI_1.load() != ABI_VERSION {
+        return None;
+    }
+    CONFIG.get(0)
+}

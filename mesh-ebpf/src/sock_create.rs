@@ -1,0 +1,33 @@
+//! `cgroup/sock_create`: in an enrolled pod, no MPTCP.
+//!
+//! An MPTCP socket's connect does not run the connect hooks, so it would go around the mesh. It is refused with
+//! `EPROTONOSUPPORT`, upon which applications fall back to TCP as they do on a kernel without it. Any other protocol,
+//! and a namespace that is not enrolled, is untouched.
+
+use aya_ebpf::{helpers::generated::bpf_set_retval, macros::cgroup_sock, programs::SockContext};
+use mesh_abi::{Reason, capture};
+
+use crate::{
+    context::{netns_cookie, word},
+    maps::{PODS, count},
+};
+
+const ALLOW: i32 = 1;
+const DENY: i32 = 0;
+const IPPROTO_MPTCP: u32 = 262;
+
+#[cgroup_sock(sock_create)]
+pub fn check_protocol(ctx: SockContext) -> i32 {
+    // SAFETY: a field of the context.
+    if unsafe { word(&raw const (*ctx.sock).protocol) } != IPPROTO_MPTCP {
+        return ALLOW;
+    }
+    // SAFETY: the map entry is only tested for.
+    if unsafe { PODS.get(&netns_cookie(ctx.sock)) }.is_none() {
+        return ALLOW;
+    }
+    // SAFETY: sets the running program's return value.
+    unsafe { bpf_set_retval(-capture::errno(Reason::OutboundProtocol)) };
+    count(Reason::OutboundProtocol);
+    DENY
+}

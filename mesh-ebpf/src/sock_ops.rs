@@ -1,0 +1,155 @@
+//! `sockops`: ties a captured socket to the flow that the agent will accept, and an accepted socket to its source.
+//!
+//! At TCP_CONNECT the local port is chosen and the SYN not yet sent, so the original destination is in the map before
+//! the agent can accept. If it cannot be written (which an LRU map does not do), the agent finds none and refuses.
+//! The entry of a connect that is refused goes with it. At PASSIVE_ESTABLISHED the source that the agent presents is
+//! kept in the accepted socket, so that it stays true after the agent's end of the connection is gone. This program
+//! never refuses anything; sockets that are not ours cost it one compare or one storage lookup.
+
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_ops},
+    helpers::generated::bpf_sock_ops_cb_flags_set,
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+use mesh_abi::{Addr, Endpoint, FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, Reason, SocketView};
+
+use crate::{
+    context::{address, keep_socket_view, netns_cookie, socket_view, word},
+    maps::{ORIG_BY_FLOW, PEERS, count},
+};
+
+const TCP_CONNECT: u32 = 3;
+const PASSIVE_ESTABLISHED: u32 = 5;
+const STATE: u32 = 10;
+const STATE_CB_FLAG: i32 = 4;
+const TCP_SYN_SENT: u32 = 2;
+const TCP_CLOSE: u32 = 7;
+const AF_INET: u32 = 2;
+
+#[sock_ops]
+pub fn follow_sockets(ctx: SockOpsContext) -> u32 {
+    let ops = ctx.ops;
+    // SAFETY: fields of the context; the socket is tested before use.
+    unsafe {
+        let op = word(&raw const (*ops).op);
+        if op != TCP_CONNECT && op != PASSIVE_ESTABLISHED && op != STATE {
+            return 1;
+        }
+        let sk = (*ops).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return 1;
+        }
+        if op == TCP_CONNECT {
+            connecting(ops, sk);
+        } else if op == PASSIVE_ESTABLISHED {
+            accepted(ops, sk);
+        } else {
+            changed(ops, sk);
+        }
+    }
+    1
+}
+
+/// The key under which the agent will look for this socket's flow, and where it wanted to go.
+///
+/// # Safety
+/// `ops` must be the program's context and `sk` its socket.
+#[inline(always)]
+unsafe fn captured_flow(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) -> Option<(FlowKey, Endpoint)> {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let view = socket_view(sk)?;
+        if view.role != ROLE_CAPTURED {
+            return None;
+        }
+        // A v4-mapped socket is of family IPv6, but its flow to the agent is IPv4.
+        let local = if view.peer.addr.is_v4() {
+            Addr::from_v4_word(word(&raw const (*ops).local_ip4))
+        } else {
+            address(&raw const (*ops).local_ip6)
+        };
+        let port = word(&raw const (*ops).local_port) as u16;
+        Some((FlowKey::new(netns_cookie(ops), Endpoint::new(local, port)), view.peer))
+    }
+}
+
+/// # Safety
+/// As for `captured_flow`.
+#[inline(always)]
+unsafe fn connecting(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let Some((key, destination)) = captured_flow(ops, sk) else {
+            return;
+        };
+        if ORIG_BY_FLOW.insert(&key, &destination, 0).is_err() {
+            count(Reason::FlowNotWritten);
+            return;
+        }
+        let flags = word(&raw const (*ops).bpf_sock_ops_cb_flags) as i32;
+        bpf_sock_ops_cb_flags_set(ops, flags | STATE_CB_FLAG);
+    }
+}
+
+/// The end of SYN_SENT is all we want to know of a captured socket: refused or not. (At CLOSE it would be too late:
+/// an application may have sent, closed and gone before the agent accepts.)
+///
+/// # Safety
+/// As for `captured_flow`.
+#[inline(always)]
+unsafe fn changed(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let args: *const u32 = (&raw const (*ops).__bindgen_anon_1).cast();
+        let (old, new) = (word(args), word(args.add(1)));
+        if old != TCP_SYN_SENT {
+            return;
+        }
+        let flags = word(&raw const (*ops).bpf_sock_ops_cb_flags) as i32;
+        bpf_sock_ops_cb_flags_set(ops, flags & !STATE_CB_FLAG);
+        if new == TCP_CLOSE
+            && let Some((key, _)) = captured_flow(ops, sk)
+        {
+            let _gone_already_is_fine = ORIG_BY_FLOW.remove(&key);
+        }
+    }
+}
+
+/// # Safety
+/// As for `captured_flow`.
+#[inline(always)]
+unsafe fn accepted(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let (local, remote) = if word(&raw const (*ops).family) == AF_INET {
+            (
+                Addr::from_v4_word(word(&raw const (*ops).local_ip4)),
+                Addr::from_v4_word(word(&raw const (*ops).remote_ip4)),
+            )
+        } else {
+            (
+                address(&raw const (*ops).local_ip6),
+                address(&raw const (*ops).remote_ip6),
+            )
+        };
+        // The agent delivers from the pod's own address; nobody else's connection is looked up.
+        if !local.same(&remote) || local.is_loopback() {
+            return;
+        }
+        // The port is in network order in the high half.
+        let port = word(&raw const (*ops).remote_port).swap_bytes() as u16;
+        let key = FlowKey::new(netns_cookie(ops), Endpoint::new(remote, port));
+        let Some(peer) = PEERS.get(&key) else {
+            return;
+        };
+        let view = SocketView {
+            peer: *peer,
+            local: Addr::NONE,
+            role: ROLE_ACCEPTED,
+        };
+        if !keep_socket_view(sk, &view) {
+            count(Reason::PeerNotWritten);
+        }
+    }
+}
