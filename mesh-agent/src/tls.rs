@@ -42,6 +42,9 @@ const OUTPUT_BYTES: usize = SEAL_BYTES_MAX + 2048;
 /// message that rustls takes (64 KiB).
 const INPUT_BYTES: usize = 64 * 1024 + 18 * 1024;
 
+/// Room for one small sealed message: a frame's head or an alert, and a key update before it.
+const SMALL_RECORD_BYTES: usize = 256;
+
 struct Scratch {
     input: Box<[u8]>,
     output: Box<[u8]>,
@@ -157,6 +160,12 @@ enum Then<'a> {
     Nothing,
     Seal { data: &'a [u8], into: &'a mut [u8] },
     Close { into: &'a mut [u8] },
+}
+
+/// Something small to be sealed at once.
+enum Small<'a> {
+    Data(&'a [u8]),
+    Close,
 }
 
 #[derive(Default)]
@@ -514,6 +523,74 @@ impl TlsStream {
         Ok(data.len())
     }
 
+    /// Takes all of `slices` ([`SEAL_BYTES_MAX`] together at most) or nothing yet: a head and its payload are never parted
+    /// by a pending write.
+    pub(crate) fn poll_write_whole(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<()>> {
+        let total: usize = slices.iter().map(|slice| slice.len()).sum();
+        if total > SEAL_BYTES_MAX {
+            return Poll::Ready(Err(io::ErrorKind::InvalidInput.into()));
+        }
+        ready!(Pin::new(self).poll_write_vectored(cx, slices))?;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Seals a few bytes and offers them to the socket without waiting. What it does not take leaves with the next
+    /// write or flush.
+    pub(crate) fn write_now(&mut self, data: &[u8]) -> io::Result<()> {
+        if self.write_side != WriteSide::Open {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        self.say(Small::Data(data))
+    }
+
+    /// Ends the session in good order as far as that goes without waiting; for streams that are about to be dropped.
+    pub(crate) fn close_now(&mut self) {
+        if self.write_side == WriteSide::Open {
+            self.write_side = WriteSide::Ending;
+            let _ = self.say(Small::Close);
+        }
+    }
+
+    /// Seals something small behind what waits for the socket and offers it all.
+    fn say(&mut self, what: Small<'_>) -> io::Result<()> {
+        let mut sealed = [0u8; SMALL_RECORD_BYTES];
+        let then = match what {
+            Small::Data(data) => Then::Seal { data, into: &mut sealed },
+            Small::Close => Then::Close { into: &mut sealed },
+        };
+        let stepped = self.session.step(
+            &mut self.incoming,
+            |bytes| self.plain.push(bytes),
+            &mut self.outgoing,
+            then,
+        );
+        self.incoming.drain(..stepped.consumed);
+        self.note(&stepped);
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        self.outgoing.push(sealed.get(..stepped.sealed).unwrap_or_default());
+        self.try_outgoing();
+        Ok(())
+    }
+
+    /// Whether an idle stream is still good: open, and with nothing unexpected to read. Session tickets are taken in on
+    /// the way. Must not be called while a task waits to read: it takes the reader's place.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        let mut byte = [0u8; 1];
+        let mut buf = ReadBuf::new(&mut byte);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        Pin::new(self).poll_read(&mut cx, &mut buf).is_pending()
+    }
+
+    /// Open both ways, without a failure, and everything written is with the socket.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.failed.is_none()
+            && self.outgoing.is_empty()
+            && self.read_side == ReadSide::Open
+            && self.write_side == WriteSide::Open
+    }
+
     fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if let Some(error) = self.failure() {
             return Poll::Ready(Err(error));
@@ -602,16 +679,8 @@ impl AsyncWrite for TlsStream {
         let this = self.get_mut();
         if this.write_side == WriteSide::Open {
             this.write_side = WriteSide::Ending;
-            let mut alert = [0u8; 128];
-            let stepped = this.session.step(
-                &mut this.incoming,
-                |bytes| this.plain.push(bytes),
-                &mut this.outgoing,
-                Then::Close { into: &mut alert },
-            );
-            this.incoming.drain(..stepped.consumed);
-            this.note(&stepped);
-            this.outgoing.push(alert.get(..stepped.sealed).unwrap_or_default());
+            // A session that failed has nothing left to say; the FIN says the rest.
+            let _ = this.say(Small::Close);
         }
         ready!(this.poll_outgoing(cx)?);
         if this.write_side == WriteSide::Ending {

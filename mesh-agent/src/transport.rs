@@ -90,15 +90,6 @@ impl Transport {
             tls => Err(tls),
         }
     }
-
-    /// Whether an idle connection is still good: open, and with nothing unexpected to read. Session tickets are taken
-    /// in on the way. Must not be called while a task waits to read.
-    pub fn is_quiet(&mut self) -> bool {
-        let mut byte = [0u8; 1];
-        let mut buf = ReadBuf::new(&mut byte);
-        let mut cx = Context::from_waker(std::task::Waker::noop());
-        Pin::new(self).poll_read(&mut cx, &mut buf).is_pending()
-    }
 }
 
 impl AsyncRead for Transport {
