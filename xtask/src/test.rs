@@ -1,0 +1,212 @@
+//! `cargo xtask test`: every test of the workspace, as root, counted.
+//!
+//! Cargo builds as the developer; the test programs then run one after the other as root, because kernel programs and
+//! network namespaces need it. Without root it fails and says so. The last line is the sum over all programs.
+
+use std::{
+    env,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use serde_json::Value;
+
+use crate::{build, setup, shell};
+
+/// Which tests.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Only tests whose name contains this.
+    filter: Option<String>,
+    /// Builds the mesh's own programs with optimizations.
+    #[arg(long)]
+    release: bool,
+}
+
+/// The sums over test programs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: Counts) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+}
+
+/// The verb.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let started = Instant::now();
+    shell::require_sudo().context("the tests need root: they load eBPF programs and make network namespaces")?;
+    setup::check_kernel()?;
+    setup::ensure_all()?;
+    let ready = Instant::now();
+    let programs = build::programs(&build::Options {
+        release: options.release,
+    })?;
+    let tests = build_tests()?;
+    ensure!(!tests.is_empty(), "cargo built no test program");
+    let built = Instant::now();
+
+    let mut total = Counts::default();
+    let mut broken = Vec::new();
+    for test in &tests {
+        println!("\n=== {} ({})", test.name, test.kind);
+        let (counts, good) = run_test(test, &programs, options.filter.as_deref())?;
+        total.add(counts);
+        if !good {
+            broken.push(test.name.clone());
+        }
+    }
+    if options.filter.is_none() {
+        println!("\n=== documentation");
+        let mut command = shell::cargo();
+        command
+            .args(["test", "--doc", "--workspace", "--locked", "--target-dir"])
+            .arg(shell::target()?);
+        let (counts, good) = count(command)?;
+        total.add(counts);
+        if !good {
+            broken.push("documentation".into());
+        }
+    }
+
+    println!(
+        "\nsetup {}, build {}, tests {}, in all {}",
+        shell::time(ready - started),
+        shell::time(built - ready),
+        shell::time(built.elapsed()),
+        shell::time(started.elapsed())
+    );
+    if !broken.is_empty() {
+        println!("failed: {}", broken.join(", "));
+    }
+    if total.ignored > 0 {
+        println!("ignored: {} (this workspace ignores no test)", total.ignored);
+    }
+    println!("{} passed, {} failed", total.passed, total.failed);
+    let good = broken.is_empty() && total.failed == 0 && total.ignored == 0;
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+struct TestProgram {
+    name: String,
+    kind: String,
+    program: PathBuf,
+    package: PathBuf,
+}
+
+fn build_tests() -> Result<Vec<TestProgram>> {
+    let mut command = shell::cargo();
+    command.args([
+        "test",
+        "--workspace",
+        "--locked",
+        "--no-run",
+        "--message-format=json-render-diagnostics",
+    ]);
+    command.arg("--target-dir").arg(shell::target()?);
+    let mut child = command.stdout(Stdio::piped()).spawn().context("run cargo test")?;
+    let output = child.stdout.take().context("no output of cargo")?;
+    let mut tests = Vec::new();
+    for line in BufReader::new(output).lines() {
+        let Ok(message) = serde_json::from_str::<Value>(&line?) else {
+            continue;
+        };
+        let text = |pointer: &str| message.pointer(pointer).and_then(Value::as_str);
+        if message["profile"]["test"] == true
+            && let (Some(program), Some(manifest), Some(name)) =
+                (text("/executable"), text("/manifest_path"), text("/target/name"))
+        {
+            tests.push(TestProgram {
+                name: name.to_string(),
+                kind: text("/target/kind/0").unwrap_or("test").to_string(),
+                program: program.into(),
+                package: Path::new(manifest).parent().unwrap_or(Path::new("/")).to_path_buf(),
+            });
+        }
+    }
+    ensure!(child.wait()?.success(), "the tests do not build");
+    // Unit tests first: when they fail, the end-to-end tests only say the same at greater length.
+    tests.sort_by_key(|test| (test.package.ends_with("tests"), test.kind == "test", test.name.clone()));
+    Ok(tests)
+}
+
+fn run_test(test: &TestProgram, programs: &Path, filter: Option<&str>) -> Result<(Counts, bool)> {
+    let mut command = shell::root_command("env")?;
+    let assign = |name: &str, value: &Path| {
+        let mut pair = std::ffi::OsString::from(format!("{name}="));
+        pair.push(value);
+        pair
+    };
+    command.arg(assign("NODEMESH_PROGRAMS", programs));
+    command.arg(assign("CARGO_MANIFEST_DIR", &test.package));
+    if let Some(path) = env::var_os("PATH") {
+        command.arg(assign("PATH", Path::new(&path)));
+    }
+    command.arg("RUST_BACKTRACE=0");
+    command.arg(&test.program).args(filter).current_dir(&test.package);
+    count(command)
+}
+
+/// Runs a test program, shows its output and sums its result lines.
+fn count(mut command: Command) -> Result<(Counts, bool)> {
+    let what = shell::show(&command);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("run {what}"))?;
+    let output = child.stdout.take().context("no output of the test")?;
+    let mut counts = Counts::default();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        if let Some(result) = result_line(&line) {
+            counts.add(result);
+        }
+    }
+    Ok((counts, child.wait()?.success()))
+}
+
+/// Reads `test result: ok. 8 passed; 0 failed; 0 ignored; …`.
+fn result_line(line: &str) -> Option<Counts> {
+    let rest = line.trim().strip_prefix("test result: ")?;
+    let number = |word: &str| {
+        let before = rest.split(';').find_map(|part| part.trim().strip_suffix(word))?;
+        before.split_whitespace().next_back()?.parse().ok()
+    };
+    Some(Counts {
+        passed: number("passed")?,
+        failed: number("failed")?,
+        ignored: number("ignored")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_are_counted() {
+        let line = "test result: FAILED. 7 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 1.78s";
+        let want = Counts {
+            passed: 7,
+            failed: 1,
+            ignored: 2,
+        };
+        assert_eq!(result_line(line), Some(want));
+        for other in ["running 8 tests", "test result: ok", "test a ... ok", ""] {
+            assert_eq!(result_line(other), None, "{other}");
+        }
+    }
+}
