@@ -12,3 +12,4 @@ pub mod tunnel;
 pub mod kernel;
 pub mod pods;
 pub mod relay;
+pub mod traffic;

@@ -6,7 +6,7 @@
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
-use mesh_api::request::Request;
+use mesh_api::{request::Request, route::HeaderEdit};
 
 /// Changes to a message's headers: removals first, then `set` (replaces every field of that name), then `add`.
 /// Names are in lower case.
@@ -95,6 +95,16 @@ impl HeaderChanges {
         self.set.extend(later.set.iter().cloned());
         self.add.extend(later.add.iter().cloned());
         self.remove.extend(later.remove.iter().cloned());
+    }
+}
+
+impl From<&HeaderEdit> for HeaderChanges {
+    fn from(edit: &HeaderEdit) -> HeaderChanges {
+        HeaderChanges {
+            set: edit.set.clone(),
+            add: edit.add.clone(),
+            remove: edit.remove.clone(),
+        }
     }
 }
 

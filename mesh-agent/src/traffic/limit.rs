@@ -173,7 +173,6 @@ mod tests {
             per,
             burst,
             shadow: false,
-            refuse_all: false,
         }
     }
 

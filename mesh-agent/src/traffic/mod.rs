@@ -237,7 +237,6 @@ impl Traffic {
         let mut taken = smallvec::SmallVec::<[_; 2]>::new();
         for settings in limits {
             let refusal = match self.buckets(&settings.id) {
-                _ if settings.refuse_all => Some(settings.per),
                 None => Some(Duration::from_secs(1)),
                 Some(buckets) => {
                     let (key, rate) = (settings.key(source, request), Rate::of(settings));
@@ -250,7 +249,7 @@ impl Traffic {
             };
             match refusal {
                 None => {}
-                Some(_) if settings.shadow && !settings.refuse_all => shadowed(&settings.id),
+                Some(_) if settings.shadow => shadowed(&settings.id),
                 Some(wait) => {
                     for (buckets, key, rate) in taken {
                         buckets.give_back(&key, rate);

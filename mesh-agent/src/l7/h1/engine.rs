@@ -55,15 +55,21 @@ enum NoHead {
 }
 
 /// What becomes of the connection after a request.
-#[derive(PartialEq, Eq)]
-enum After {
+enum After<H: Handler> {
     Keep,
     /// Our answer is whole: close so that it arrives.
     Close,
     /// What was sent is not whole: close so that nobody thinks so.
     Abort,
-    /// The connection was given away.
-    Gone,
+    /// The 101 was sent: the connection becomes a relay.
+    Upgrade(Box<Upgrade<H>>),
+}
+
+struct Upgrade<H: Handler> {
+    exchange: H::Exchange,
+    wire: H::Target,
+    left: Left,
+    end: End,
 }
 
 /// Serves HTTP/1 requests of one source connection until it ends, is refused, or `drain` resolves and no request is
@@ -74,7 +80,7 @@ pub async fn serve<H: Handler>(
     limits: &Limits,
     drain: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let mut connection = Some(Connection {
+    let mut connection = Connection {
         source,
         left: Left::default(),
         timer: Timer::default(),
@@ -84,36 +90,62 @@ pub async fn serve<H: Handler>(
         limits,
         handler: &*handler,
         index: 0,
-    });
-    while let Some(mut this) = connection.take() {
-        let head = match this.next_head().await {
+    };
+    loop {
+        let head = match connection.next_head().await {
             Ok(head) => head,
             Err(NoHead::End) => {
                 // A closing TLS says so; nobody needs to hear more.
-                let _ = this.source.shutdown().await;
+                let _ = Box::pin(connection.source.shutdown()).await;
                 return Ok(());
             }
             Err(NoHead::Failed(error)) => return Err(ServeError::Source(error)),
             Err(NoHead::Refused(fault)) => {
-                let sent = this.refuse(fault).await;
+                let sent = Box::pin(connection.refuse(fault)).await;
                 handler.refused(fault, sent);
+                Box::pin(connection.linger()).await;
                 return Err(fault.into());
             }
         };
-        let (after, fault, this) = this.request(&head).await;
-        match (after, this) {
-            (After::Keep, Some(this)) => connection = Some(this),
-            (After::Close, Some(mut this)) => this.linger().await,
-            (After::Abort, Some(mut this)) => this.source.abort(),
-            (After::Gone, _) | (_, None) => {}
-        }
-        if let Some(fault) = fault
-            && connection.is_none()
-        {
-            return Err(fault.into());
+        match connection.request(&head).await {
+            After::Keep => {}
+            After::Close => {
+                Box::pin(connection.linger()).await;
+                return Ok(());
+            }
+            After::Abort => {
+                connection.source.abort();
+                return Ok(());
+            }
+            After::Upgrade(upgrade) => {
+                let Connection { source, left, .. } = connection;
+                Box::pin(relay(&*handler, source, left, upgrade)).await;
+                return Ok(());
+            }
         }
     }
-    Ok(())
+}
+
+/// Carries an upgraded connection to its end.
+async fn relay<H: Handler>(handler: &H, mut source: H::Source, left: Left, upgrade: Box<Upgrade<H>>) {
+    let Upgrade {
+        mut exchange,
+        mut wire,
+        left: target_left,
+        mut end,
+    } = *upgrade;
+    // What was read too much goes back in front of its stream.
+    if !left.is_empty() {
+        source.unread(left.bytes());
+    }
+    if !target_left.is_empty() {
+        wire.unread(target_left.bytes());
+    }
+    let (sent, received) = handler.relay(&mut exchange, source, wire).await;
+    end.upgraded = true;
+    end.request_bytes += sent;
+    end.response_bytes += received;
+    handler.finish(exchange, end);
 }
 
 impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
@@ -207,7 +239,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
     }
 
     /// Serves one request, whose head is at the start of `left`.
-    async fn request(mut self, head: &RequestHead) -> (After, Option<Fault>, Option<Self>) {
+    async fn request(&mut self, head: &RequestHead) -> After<H> {
         let started = Instant::now();
         let facts = Facts {
             version: head.version,
@@ -224,21 +256,21 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
         match self.handler.decide(&view, facts).await {
             Verdict::Reply(reply, exchange) => {
                 self.left.consume(head.bytes);
-                let (after, end) = self.reply(head, reply, End::default()).await;
+                let (after, end) = Box::pin(self.reply(head, reply, End::default())).await;
                 self.handler.finish(exchange, end);
-                (after, None, Some(self))
+                after
             }
             Verdict::Forward(forward, exchange) => self.forward(head, forward, exchange, started).await,
         }
     }
 
     async fn forward(
-        mut self,
+        &mut self,
         head: &RequestHead,
         forward: Forward,
         mut exchange: H::Exchange,
         started: Instant,
-    ) -> (After, Option<Fault>, Option<Self>) {
+    ) -> After<H> {
         let method = head.method.bytes(self.left.bytes());
         let idempotent = matches!(method, b"GET" | b"HEAD" | b"OPTIONS" | b"TRACE" | b"PUT" | b"DELETE");
         let deadline = forward.request_timeout.map(|timeout| started + timeout);
@@ -246,7 +278,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
             Ok(up) => up,
             Err(defect) => {
                 let fault = Fault::Request(defect);
-                let status = self.refuse(fault).await;
+                let status = Box::pin(self.refuse(fault)).await;
                 let end = End {
                     status,
                     fault: Some(fault),
@@ -254,7 +286,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                     ..End::default()
                 };
                 self.handler.finish(exchange, end);
-                return (After::Gone, Some(fault), None);
+                return After::Close;
             }
         };
         let (mut attempt, mut attempts, mut retries, mut fresh_tried) = (Attempt::First, 0, 0, false);
@@ -271,10 +303,10 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                         ConnectFailure::Reply(reply) => (reply, None),
                         ConnectFailure::Late => (fault_reply(Fault::RequestTimeout), Some(Fault::RequestTimeout)),
                     };
-                    let (after, mut end) = self.reply_instead(head, &up, reply, end).await;
+                    let (after, mut end) = Box::pin(self.reply_instead(head, &up, reply, end)).await;
                     end.fault = fault;
                     self.handler.finish(exchange, end);
-                    return (after, None, Some(self));
+                    return after;
                 }
             };
             match attempt {
@@ -301,7 +333,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                 limits,
                 handler,
                 ..
-            } = &mut self;
+            } = &mut *self;
             let mut poll_draining = |cx: &mut Context<'_>| {
                 *draining = *draining || drain.as_mut().poll(cx).is_ready();
                 *draining
@@ -334,21 +366,25 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                         self.handler.release(&mut exchange, wire);
                     }
                     self.handler.finish(exchange, end);
-                    return (if keep_source { After::Keep } else { After::Close }, None, Some(self));
+                    return if keep_source { After::Keep } else { After::Close };
                 }
                 Outcome::Upgrade => {
-                    self.upgrade(exchange, wire, target_left, end).await;
-                    return (After::Gone, None, None);
+                    return After::Upgrade(Box::new(Upgrade {
+                        exchange,
+                        wire,
+                        left: target_left,
+                        end,
+                    }));
                 }
                 Outcome::Failed(fault) => {
                     drop(wire);
                     let (after, mut end) = match fault.status() {
-                        Some(_) if !answered => self.reply_instead(head, &up, fault_reply(fault), end).await,
+                        Some(_) if !answered => Box::pin(self.reply_instead(head, &up, fault_reply(fault), end)).await,
                         _ => (After::Abort, end),
                     };
                     end.fault = Some(fault);
                     self.handler.finish(exchange, end);
-                    return (after, Some(fault), Some(self));
+                    return after;
                 }
             }
         }
@@ -390,23 +426,8 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
         .await
     }
 
-    async fn upgrade(mut self, mut exchange: H::Exchange, mut wire: H::Target, target_left: Left, mut end: End) {
-        // What was read too much goes back in front of its stream.
-        if !self.left.is_empty() {
-            self.source.unread(self.left.bytes());
-        }
-        if !target_left.is_empty() {
-            wire.unread(target_left.bytes());
-        }
-        let (sent, received) = self.handler.relay(&mut exchange, self.source, wire).await;
-        end.upgraded = true;
-        end.request_bytes += sent;
-        end.response_bytes += received;
-        self.handler.finish(exchange, end);
-    }
-
     /// Answers a request whose body, if it has one, was not touched.
-    async fn reply(&mut self, head: &RequestHead, reply: Reply, end: End) -> (After, End) {
+    async fn reply(&mut self, head: &RequestHead, reply: Reply, end: End) -> (After<H>, End) {
         let mut body = Incoming::new(head.framing);
         let taken = body.take(self.left.bytes(), false, &mut Vec::new());
         let whole = match taken {
@@ -420,11 +441,11 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
     }
 
     /// Answers a request that was on its way.
-    async fn reply_instead(&mut self, head: &RequestHead, up: &Up, reply: Reply, end: End) -> (After, End) {
+    async fn reply_instead(&mut self, head: &RequestHead, up: &Up, reply: Reply, end: End) -> (After<H>, End) {
         self.write_reply(head, reply, up.body.is_done(), end).await
     }
 
-    async fn write_reply(&mut self, head: &RequestHead, reply: Reply, whole: bool, mut end: End) -> (After, End) {
+    async fn write_reply(&mut self, head: &RequestHead, reply: Reply, whole: bool, mut end: End) -> (After<H>, End) {
         if reply.abort {
             return (After::Abort, end);
         }
@@ -443,13 +464,12 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
         (if keep { After::Keep } else { After::Close }, end)
     }
 
-    /// Answers a request that never got a verdict, and closes. Returns the status that was sent.
+    /// Answers a request that never got a verdict. Returns the status that was sent.
     async fn refuse(&mut self, fault: Fault) -> Option<StatusCode> {
         let status = fault.status()?;
         let mut out = Vec::new();
         write_reply(&fault_reply(fault), Version::Http11, false, false, &mut out);
         self.send(&out).await.ok()?;
-        self.linger().await;
         Some(status)
     }
 
