@@ -232,3 +232,162 @@ impl<S: Signer> Issuer<S> {
         tracing::warn!(%identity, failures, reason, "no certificate");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::time::Instant;
+
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::identity::testing::{HOUR, TestCa, id};
+
+    fn set(accounts: &[&str]) -> BTreeSet<SpiffeId> {
+        accounts.iter().map(|account| id(account)).collect()
+    }
+
+    #[test]
+    fn renewal_is_due_at_half_life_and_failures_back_off_each_for_itself() {
+        let now = SystemTime::now();
+        let mut schedule = Schedule::default();
+        assert!(schedule.want(&set(&["a", "b"]), now).is_empty());
+        assert_eq!(schedule.due(now), [id("a"), id("b")]);
+
+        schedule.issued(&id("a"), now, now + HOUR, now, 0.0);
+        assert_eq!(schedule.due(now), [id("b")]);
+        let half = now + HOUR / 2;
+        assert_eq!(schedule.due(half - Duration::from_secs(1)), [id("b")]);
+        schedule.issued(&id("b"), now, now + HOUR, now, 1.0);
+        assert_eq!(schedule.next(), Some(now + HOUR.mul_f64(0.45)), "jitter only makes it earlier");
+        assert_eq!(schedule.due(half), [id("b"), id("a")]);
+
+        let mut waits = Vec::new();
+        let mut at = half;
+        for _ in 0..12 {
+            schedule.failed(&id("a"), at, 1.0);
+            let due = schedule.entries[&id("a")].due;
+            waits.push(due.duration_since(at).unwrap());
+            at = due;
+        }
+        assert_eq!(waits[..3], [BACKOFF_FIRST, BACKOFF_FIRST * 2, BACKOFF_FIRST * 4]);
+        assert!(waits.iter().all(|wait| *wait <= BACKOFF_MAX) && waits[11] == BACKOFF_MAX, "{waits:?}");
+        assert_eq!(schedule.failures(&id("b")), 0);
+        assert_eq!(schedule.due(half), [id("b")]);
+
+        assert_eq!(schedule.want(&set(&["b", "c"]), at), [id("a")]);
+        schedule.issued(&id("a"), at, at + HOUR, at, 0.0);
+        assert!(!schedule.entries.contains_key(&id("a")), "an answer that comes too late brings nobody back");
+    }
+
+    #[test]
+    fn batches_are_bounded() {
+        let now = SystemTime::now();
+        let mut schedule = Schedule::default();
+        let many: Vec<String> = (0..BATCH_MAX + 10).map(|n| format!("sa{n}")).collect();
+        schedule.want(&many.iter().map(|account| id(account)).collect(), now);
+        assert_eq!(schedule.due(now).len(), BATCH_MAX);
+    }
+
+    struct FakeClock(Mutex<SystemTime>);
+    impl Clock for FakeClock {
+        fn now(&self) -> Instant {
+            Instant::now()
+        }
+        fn wall(&self) -> SystemTime {
+            *self.0.lock()
+        }
+    }
+
+    /// A CA that does as its script says: `None` fails the call, else the life of what it signs and whom it refuses.
+    struct ScriptedCa<'a> {
+        ca: &'a TestCa,
+        clock: Arc<FakeClock>,
+        script: RefCell<Vec<Option<(Duration, Option<SpiffeId>)>>>,
+    }
+
+    impl Signer for ScriptedCa<'_> {
+        async fn sign(&self, requests: Vec<SigningRequest>) -> Result<Signed, SignError> {
+            let step = self.script.borrow_mut().remove(0);
+            let (life, refused) = step.ok_or_else(|| SignError("the controller is away".to_owned()))?;
+            let now = self.clock.wall();
+            let chains = requests.iter().map(|request| {
+                if Some(&request.identity) == refused.as_ref() {
+                    return Err("no such pod on this node".to_owned());
+                }
+                Ok(self.ca.sign(&request.csr, &request.identity, now - Duration::from_secs(5), now + life))
+            });
+            Ok(Signed { bundle: self.ca.bundle(), chains: chains.collect() })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_renewal_takes_nothing_away_and_leaving_does() {
+        let ca = TestCa::new();
+        let start = SystemTime::now();
+        let clock = Arc::new(FakeClock(Mutex::new(start)));
+        let store = CredentialStore::new();
+        let script = RefCell::new(vec![
+            Some((HOUR, Some(id("b")))),
+            Some((HOUR, None)),
+            None,
+            Some((HOUR, None)),
+        ]);
+        let signer = ScriptedCa { ca: &ca, clock: clock.clone(), script };
+        let mut issuer = Issuer::new(signer, store.clone(), clock.clone());
+
+        issuer.want(&set(&["a", "b"]));
+        issuer.renew_due().await;
+        let first = store.get(&id("a")).expect("signed");
+        assert!(store.get(&id("b")).is_none(), "refused");
+
+        *clock.0.lock() += Duration::from_secs(1);
+        issuer.renew_due().await;
+        assert!(store.get(&id("b")).is_some(), "asked again after its own backoff");
+        assert_eq!(store.get(&id("a")).unwrap().epoch(), first.epoch(), "which was not due");
+
+        *clock.0.lock() = start + HOUR / 2 + Duration::from_secs(5);
+        issuer.renew_due().await;
+        assert_eq!(store.get(&id("a")).unwrap().epoch(), first.epoch(), "a failed renewal takes nothing away");
+
+        *clock.0.lock() += BACKOFF_MAX;
+        issuer.renew_due().await;
+        assert_ne!(store.get(&id("a")).unwrap().epoch(), first.epoch(), "renewed");
+
+        issuer.want(&set(&["b"]));
+        assert!(store.get(&id("a")).is_none(), "it left the node");
+        assert!(store.get(&id("b")).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_certificate_for_somebody_else_or_of_another_ca_is_not_taken() {
+        let (ca, other) = (TestCa::new(), TestCa::new());
+        let now = SystemTime::now();
+        let (pending, signing) = request(&id("a")).unwrap();
+        let key = || PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pending.key.serialize_der()));
+        let chain = ca.sign(&signing.csr, &id("a"), now - HOUR, now + HOUR);
+        assert!(Credential::new(id("a"), chain.clone(), key(), ca.bundle(), now).is_ok());
+        assert!(Credential::new(id("b"), chain.clone(), key(), ca.bundle(), now).is_err(), "somebody else");
+        assert!(Credential::new(id("a"), chain.clone(), key(), other.bundle(), now).is_err(), "another CA");
+        let (stranger, _) = request(&id("a")).unwrap();
+        let wrong = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(stranger.key.serialize_der()));
+        assert!(Credential::new(id("a"), chain, wrong, ca.bundle(), now).is_err(), "another key");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_waits_for_a_credential_gets_it_or_gives_up() {
+        let ca = TestCa::new();
+        let store = CredentialStore::new();
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        assert!(store.ready(&id("a"), deadline).await.is_none());
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        let wanted = id("a");
+        let (got, ()) = tokio::join!(store.ready(&wanted, deadline), async {
+            tokio::task::yield_now().await;
+            store.put(ca.credential("b"));
+            tokio::task::yield_now().await;
+            store.put(ca.credential("a"));
+        });
+        assert_eq!(got.unwrap().identity(), &id("a"));
+    }
+}

@@ -303,3 +303,60 @@ impl ClientCertVerifier for ClientVerifier {
         self.algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::testing::{HOUR, TestCa, id};
+
+    #[test]
+    fn a_peer_is_who_its_one_uri_says_or_nobody() {
+        let ca = TestCa::new();
+        let now = SystemTime::now();
+        let good = "spiffe://test.mesh/ns/shop/sa/front";
+        let cases: &[(&str, &[&str], fn(&PeerError) -> bool)] = &[
+            ("no URI", &[], |e| *e == PeerError::UriNames(0)),
+            ("two URIs", &[good, "spiffe://test.mesh/ns/shop/sa/cart"], |e| *e == PeerError::UriNames(2)),
+            ("the same twice", &[good, good], |e| *e == PeerError::UriNames(2)),
+            ("no SPIFFE id", &["https://test.mesh/ns/shop/sa/front"], |e| matches!(e, PeerError::NotSpiffe(_))),
+            ("a node", &["spiffe://test.mesh/node/n1"], |e| matches!(e, PeerError::NotSpiffe(_))),
+            ("another domain", &["spiffe://other.mesh/ns/shop/sa/front"], |e| matches!(e, PeerError::TrustDomain(_))),
+        ];
+        for (name, uris, expected) in cases {
+            let (chain, _) = ca.leaf(uris, now - HOUR, now + HOUR);
+            let error = peer(&chain, &ca.bundle(), now).unwrap_err();
+            assert!(expected(&error), "{name}: {error:?}");
+        }
+        let (chain, _) = ca.leaf(&[good], now - HOUR, now + HOUR);
+        let peer = peer(&chain, &ca.bundle(), now).unwrap();
+        assert_eq!(peer.spiffe, id("front"));
+        assert!(peer.expires <= now + HOUR && peer.expires > now + HOUR - Duration::from_secs(2));
+        assert_eq!(super::peer(&[], &ca.bundle(), now), Err(PeerError::NoCertificate));
+        let garbage = CertificateDer::from(vec![0x30, 0x03, 1, 2, 3]);
+        assert_eq!(super::peer(&[garbage], &ca.bundle(), now), Err(PeerError::Malformed));
+    }
+
+    #[test]
+    fn time_is_judged_on_every_connection() {
+        let ca = TestCa::new();
+        let now = SystemTime::now();
+        let (chain, _) = ca.leaf(&[id("front").as_str()], now, now + HOUR);
+        let cases = [(-10, false), (10, true), (3590, true), (3601, false)];
+        for (seconds, good) in cases {
+            let at = if seconds < 0 { now - Duration::from_secs(10) } else { now + Duration::from_secs(seconds as u64) };
+            assert_eq!(peer(&chain, &ca.bundle(), at).is_ok(), good, "{seconds}");
+        }
+    }
+
+    #[test]
+    fn a_chain_leads_to_the_bundle_or_nowhere() {
+        let (ours, theirs) = (TestCa::new(), TestCa::new());
+        let now = SystemTime::now();
+        let (chain, _) = theirs.leaf(&[id("front").as_str()], now - HOUR, now + HOUR);
+        assert!(own(&chain, &theirs.bundle(), now).is_ok());
+        assert!(matches!(own(&chain, &ours.bundle(), now), Err(PeerError::Chain(_))));
+        assert!(matches!(own(&chain, &theirs.bundle(), now + 2 * HOUR), Err(PeerError::Chain(_))));
+        let long: Vec<_> = chain.iter().cycle().take(CHAIN_MAX + 1).cloned().collect();
+        assert_eq!(own(&long, &theirs.bundle(), now).unwrap_err(), PeerError::ChainTooLong);
+    }
+}

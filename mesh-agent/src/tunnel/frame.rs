@@ -312,7 +312,7 @@ mod tests {
         /// However the stream is cut, the payload comes out whole and what follows the end is left alone.
         #[test]
         fn payload_survives_any_cutting(pieces in pieces(), cuts in prop::collection::vec(1usize..64, 1..40), tail in any::<[u8; 5]>()) {
-            let (mut wire, mut expected) = (Vec::new(), Vec::new());
+            let (mut wire, mut expected) = (Vec::new(), Vec::<u8>::new());
             for piece in &pieces {
                 match piece {
                     Piece::Data(data) => {
@@ -327,7 +327,7 @@ mod tests {
             let whole = wire.len();
             wire.extend(tail);
 
-            let (mut reader, mut got, mut at) = (Reader::new(), Vec::new(), 0);
+            let (mut reader, mut got, mut at) = (Reader::new(), Vec::<u8>::new(), 0);
             for cut in cuts.iter().cycle() {
                 let end = (at + cut).min(wire.len());
                 let mut piece = wire[at..end].to_vec();
