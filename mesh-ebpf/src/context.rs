@@ -40,6 +40,13 @@ pub unsafe fn address(field: *const [u32; 4]) -> Addr {
     }
 }
 
+/// One of the two addresses that a context holds side by side. Both are read before the family is looked at: were the
+/// reads in the branches, the compiler would join them into one at a computed offset, which the verifier refuses.
+#[inline(always)]
+pub fn either(is_v4: bool, v4_word: u32, v6: Addr) -> Addr {
+    if is_v4 { Addr::from_v4_word(v4_word) } else { v6 }
+}
+
 /// Writes an IPv6 address.
 ///
 /// # Safety

@@ -15,13 +15,10 @@ use aya_ebpf::{
     macros::sk_lookup,
     programs::SkLookupContext,
 };
-use mesh_abi::{
-    Addr,
-    steer::{self, Arrival, Verdict},
-};
+use mesh_abi::steer::{self, Arrival, Verdict};
 
 use crate::{
-    context::{address, word},
+    context::{address, either, word},
     maps::{LISTENERS, STEER, config, count},
 };
 
@@ -33,17 +30,17 @@ pub fn steer_inbound(ctx: SkLookupContext) -> u32 {
     let raw = ctx.lookup;
     // SAFETY: fields of the context.
     let arrival = unsafe {
-        let (local, remote) = if word(&raw const (*raw).family) == AF_INET {
-            (
-                Addr::from_v4_word(word(&raw const (*raw).local_ip4)),
-                Addr::from_v4_word(word(&raw const (*raw).remote_ip4)),
-            )
-        } else {
-            (
-                address(&raw const (*raw).local_ip6),
-                address(&raw const (*raw).remote_ip6),
-            )
-        };
+        let is_v4 = word(&raw const (*raw).family) == AF_INET;
+        let local = either(
+            is_v4,
+            word(&raw const (*raw).local_ip4),
+            address(&raw const (*raw).local_ip6),
+        );
+        let remote = either(
+            is_v4,
+            word(&raw const (*raw).remote_ip4),
+            address(&raw const (*raw).remote_ip6),
+        );
         Arrival {
             local,
             local_port: word(&raw const (*raw).local_port) as u16,

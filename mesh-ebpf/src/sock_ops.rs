@@ -15,7 +15,7 @@ use aya_ebpf::{
 use mesh_abi::{Addr, Endpoint, FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, Reason, SocketView};
 
 use crate::{
-    context::{address, keep_socket_view, netns_cookie, socket_view, word},
+    context::{address, either, keep_socket_view, netns_cookie, socket_view, word},
     maps::{ORIG_BY_FLOW, PEERS, count},
 };
 
@@ -64,11 +64,11 @@ unsafe fn captured_flow(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) -> Option<(Fl
             return None;
         }
         // A v4-mapped socket is of family IPv6, but its flow to the agent is IPv4.
-        let local = if view.peer.addr.is_v4() {
-            Addr::from_v4_word(word(&raw const (*ops).local_ip4))
-        } else {
-            address(&raw const (*ops).local_ip6)
-        };
+        let local = either(
+            view.peer.addr.is_v4(),
+            word(&raw const (*ops).local_ip4),
+            address(&raw const (*ops).local_ip6),
+        );
         let port = word(&raw const (*ops).local_port) as u16;
         Some((FlowKey::new(netns_cookie(ops), Endpoint::new(local, port)), view.peer))
     }
@@ -122,17 +122,17 @@ unsafe fn changed(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
 unsafe fn accepted(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
     // SAFETY: by the caller's promise.
     unsafe {
-        let (local, remote) = if word(&raw const (*ops).family) == AF_INET {
-            (
-                Addr::from_v4_word(word(&raw const (*ops).local_ip4)),
-                Addr::from_v4_word(word(&raw const (*ops).remote_ip4)),
-            )
-        } else {
-            (
-                address(&raw const (*ops).local_ip6),
-                address(&raw const (*ops).remote_ip6),
-            )
-        };
+        let is_v4 = word(&raw const (*ops).family) == AF_INET;
+        let local = either(
+            is_v4,
+            word(&raw const (*ops).local_ip4),
+            address(&raw const (*ops).local_ip6),
+        );
+        let remote = either(
+            is_v4,
+            word(&raw const (*ops).remote_ip4),
+            address(&raw const (*ops).remote_ip6),
+        );
         // The agent delivers from the pod's own address; nobody else's connection is looked up.
         if !local.same(&remote) || local.is_loopback() {
             return;
