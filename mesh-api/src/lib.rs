@@ -4,6 +4,7 @@
 //! * [`document`]: the YAML that people write, parsed and validated, every problem at once.
 //! * [`policy`]: checked policy values. * [`view`]: one immutable revision of it all, with flat lookups.
 //! * [`authz`], [`route`], [`resilience`]: the pure decisions over a view.
+//! * [`explain`]: all of them, told in words.
 //! * [`backend`]: endpoints and how to send to them. * [`rule`]: the name of the rule that decided.
 //! * [`wire`]: the protocol between controller, agents and `mesh-ctl`.
 //!
@@ -11,11 +12,12 @@
 //!
 //! Dependency order (a module uses only those before it):
 //! `identity < workload < request, rule < read < policy < document < resilience < backend < route < authz < view <
-//! wire`.
+//! explain < wire`.
 
 pub mod authz;
 pub mod backend;
 pub mod document;
+pub mod explain;
 pub mod identity;
 pub mod policy;
 mod read;
