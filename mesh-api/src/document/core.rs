@@ -159,14 +159,44 @@ pub struct ServicePortSpec {
 impl PodSpec {
     /// The number of a port that a probe or a service names.
     pub fn port_number(&self, port: &SpecPort) -> Option<u16> {
+        self.containers.iter().find_map(|container| container.port_number(port))
+    }
+
+    /// The ports that the node's kubelet asks, each once, in order.
+    pub fn probe_ports(&self) -> Vec<u16> {
+        let of_container = |container: &Container| -> Vec<u16> {
+            let ports = container.probes().filter_map(|probe| probe.check.port());
+            ports.filter_map(|port| container.port_number(&port)).collect()
+        };
+        let mut ports: Vec<u16> = self.containers.iter().flat_map(of_container).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
+}
+
+impl Container {
+    /// Its probes.
+    pub fn probes(&self) -> impl Iterator<Item = &Probe> {
+        [&self.readiness, &self.liveness, &self.startup].into_iter().flatten()
+    }
+
+    /// The number of a port that is named by number, or by the name of one of this container's ports.
+    pub fn port_number(&self, port: &SpecPort) -> Option<u16> {
         match port {
             SpecPort::Number(number) => Some(*number),
-            SpecPort::Name(name) => self
-                .containers
-                .iter()
-                .flat_map(|c| &c.ports)
-                .find(|p| p.name == *name)
-                .map(|p| p.port),
+            SpecPort::Name(name) => self.ports.iter().find(|p| p.name == *name).map(|p| p.port),
+        }
+    }
+}
+
+impl Check {
+    /// The port that is asked; `None` for a command.
+    pub fn port(&self) -> Option<SpecPort> {
+        match self {
+            Check::HttpGet { port, .. } | Check::TcpSocket { port } => Some(port.clone()),
+            Check::Grpc { port, .. } => Some(SpecPort::Number(*port)),
+            Check::Exec { .. } => None,
         }
     }
 }

@@ -7,7 +7,10 @@
 //! guard must not be dropped.
 
 mod core;
+mod core_reader;
 mod parse;
+mod references;
+mod resources;
 mod set;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
@@ -340,26 +343,30 @@ impl Document {
     /// The whole document as JSON: `apiVersion`, `kind`, `metadata`, then what the kind has.
     pub fn to_json(&self) -> Value {
         let meta = self.meta();
-        let mut metadata = json!({ "name": &*meta.name });
-        if !meta.namespace.is_empty() {
-            metadata["namespace"] = json!(&*meta.namespace);
-        }
-        if !meta.labels.is_empty() {
-            metadata["labels"] = json!(meta.labels);
-        }
-        if !meta.annotations.is_empty() {
-            metadata["annotations"] = json!(meta.annotations);
-        }
-        if meta.generation != 0 {
-            metadata["generation"] = json!(meta.generation);
-        }
         let mut whole = match self.raw() {
             Some(raw) => raw.clone(),
             None => json!({}),
         };
+        // What the API server keeps in the metadata stays; what `Meta` has is as `Meta` has it.
+        let mut metadata = match whole.get("metadata") {
+            Some(Value::Object(map)) => map.clone(),
+            _ => serde_json::Map::new(),
+        };
+        let mut put = |key: &str, value: Value, there: bool| {
+            if there {
+                metadata.insert(key.to_owned(), value);
+            } else {
+                metadata.remove(key);
+            }
+        };
+        put("name", json!(&*meta.name), true);
+        put("namespace", json!(&*meta.namespace), !meta.namespace.is_empty());
+        put("labels", json!(meta.labels), !meta.labels.is_empty());
+        put("annotations", json!(meta.annotations), !meta.annotations.is_empty());
+        put("generation", json!(meta.generation), meta.generation != 0);
         whole["apiVersion"] = json!(self.kind().api_version());
         whole["kind"] = json!(self.kind().as_str());
-        whole["metadata"] = metadata;
+        whole["metadata"] = Value::Object(metadata);
         if let Some(spec) = self.policy_spec() {
             whole["spec"] = spec;
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Document, DocumentKey, Kind, Problem};
+use super::{Document, DocumentKey, Kind, Problem, references, resources};
 use crate::{
     identity::TrustDomain,
     workload::{ObjectName, Service, Workload},
@@ -104,13 +104,12 @@ impl DocumentSet {
     /// What the documents say of each other that cannot be so: a backend, parent, target or subset that does not
     /// exist. These are warnings: what is missing may still come, and until then it is refused where it matters.
     pub fn validate(&self) -> Vec<Problem> {
-        Vec::new()
+        references::validate(self)
     }
 
     /// What agents get: workloads, services and policies, in that order, each ordered by name.
     pub fn resources(&self, trust_domain: &TrustDomain) -> Vec<Resource> {
-        let _ = trust_domain;
-        Vec::new()
+        resources::resources(self, trust_domain)
     }
 }
 

@@ -3,8 +3,21 @@
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
-use super::{HeaderMatch, PathMatch, TargetRef};
-use crate::identity::SpiffeId;
+use super::{
+    HeaderMatch, PathMatch, TargetRef, check,
+    target::{Targets, target_refs},
+};
+use crate::{
+    identity::SpiffeId,
+    read::{Decode, Field, deserialize_by_decoding, port},
+};
+
+/// The most rules of one policy.
+const RULES_MAX: usize = 128;
+/// The most clauses in one `from` or `to`.
+const CLAUSES_MAX: usize = 32;
+/// The most values in one list of a clause.
+const VALUES_MAX: usize = 256;
 
 /// `spec` of an AccessPolicy. Deny beats allow; once an Allow policy applies, what no rule allows is denied.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -135,8 +148,9 @@ impl HostMatch {
         match self {
             HostMatch::Exact(wanted) => wanted.eq_ignore_ascii_case(host),
             HostMatch::Suffix(suffix) => {
-                let start = host.len().checked_sub(suffix.len());
-                start.is_some_and(|at| at > 0 && host.as_bytes()[at..].eq_ignore_ascii_case(suffix.as_bytes()))
+                let start = host.len().checked_sub(suffix.len()).filter(|at| *at > 0);
+                let end = start.and_then(|at| host.as_bytes().get(at..));
+                end.is_some_and(|end| end.eq_ignore_ascii_case(suffix.as_bytes()))
             }
         }
     }
@@ -150,3 +164,109 @@ impl Serialize for HostMatch {
         }
     }
 }
+
+impl Decode for AccessPolicy {
+    fn decode(field: &Field) -> Option<AccessPolicy> {
+        let mut fields = field.fields()?;
+        fields.later(&["dryRun"]);
+        let target_refs = target_refs(
+            &mut fields,
+            &Targets {
+                workloads: true,
+                anywhere: false,
+            },
+        );
+        let action = fields.need("action", "Allow or Deny").and_then(|f| {
+            f.choice(
+                &[("Allow", AccessAction::Allow), ("Deny", AccessAction::Deny)],
+                &["Audit"],
+            )
+        });
+        let rules = fields.read("rules", access_rules);
+        fields.finish();
+        let policy = AccessPolicy {
+            target_refs: target_refs?,
+            action: action?,
+            rules: rules?.unwrap_or_default(),
+        };
+        if policy.action == AccessAction::Deny && policy.rules.is_empty() {
+            field.refuse("a Deny policy without rules denies nothing", "at least one rule");
+            return None;
+        }
+        Some(policy)
+    }
+}
+
+fn access_rules(field: &Field) -> Option<Vec<AccessRule>> {
+    let items = field.items(RULES_MAX)?;
+    let rules: Vec<Option<AccessRule>> = items.iter().map(AccessRule::decode).collect();
+    check::unique(
+        &items,
+        rules.iter().map(|r| r.as_ref().and_then(|r| r.name.as_deref())),
+        "name",
+    );
+    rules.into_iter().collect()
+}
+
+impl Decode for AccessRule {
+    fn decode(field: &Field) -> Option<AccessRule> {
+        let mut fields = field.fields()?;
+        fields.later(&["when"]);
+        let name = fields.read("name", check::rule_name);
+        let from = fields.filled_list("from", CLAUSES_MAX, SourceClause::decode);
+        let to = fields.filled_list("to", CLAUSES_MAX, TargetClause::decode);
+        fields.finish();
+        Some(AccessRule {
+            name: name?,
+            from: from?,
+            to: to?,
+        })
+    }
+}
+
+impl Decode for SourceClause {
+    fn decode(field: &Field) -> Option<SourceClause> {
+        let mut fields = field.fields()?;
+        fields.later(&["jwt", "claims"]);
+        let identities = fields.filled_list("identities", VALUES_MAX, check::identity_match);
+        let namespaces = fields.filled_list("namespaces", VALUES_MAX, check::dns_label);
+        let cidrs = fields.filled_list("cidrs", VALUES_MAX, check::network);
+        fields.finish();
+        let clause = SourceClause {
+            identities: identities?,
+            namespaces: namespaces?,
+            cidrs: cidrs?,
+        };
+        if clause == SourceClause::default() {
+            field.refuse("names no source", "identities, namespaces or cidrs");
+            return None;
+        }
+        Some(clause)
+    }
+}
+
+impl Decode for TargetClause {
+    fn decode(field: &Field) -> Option<TargetClause> {
+        let mut fields = field.fields()?;
+        let ports = fields.filled_list("ports", VALUES_MAX, port);
+        let hosts = fields.filled_list("hosts", VALUES_MAX, check::host_match);
+        let methods = fields.filled_list("methods", VALUES_MAX, check::method);
+        let paths = fields.filled_list("paths", VALUES_MAX, PathMatch::decode);
+        let headers = fields.filled_list("headers", VALUES_MAX, check::header_match);
+        fields.finish();
+        let clause = TargetClause {
+            ports: ports?,
+            hosts: hosts?,
+            methods: methods?,
+            paths: paths?,
+            headers: headers?,
+        };
+        if clause == TargetClause::default() {
+            field.refuse("names nothing", "ports, hosts, methods, paths or headers");
+            return None;
+        }
+        Some(clause)
+    }
+}
+
+deserialize_by_decoding!(AccessPolicy);

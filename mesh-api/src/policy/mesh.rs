@@ -4,7 +4,14 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::Serialize;
 
-use super::TargetRef;
+use super::{
+    TargetRef,
+    target::{Targets, target_refs},
+};
+use crate::read::{Decode, Field, deserialize_by_decoding, quoted};
+
+/// The most ports with a mode of their own in one policy.
+const PORTS_MAX: usize = 64;
 
 /// `spec` of a MeshPolicy. The most specific target wins, field by field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -59,3 +66,70 @@ impl fmt::Display for MtlsMode {
         f.write_str(self.as_str())
     }
 }
+
+impl Decode for MeshPolicy {
+    fn decode(field: &Field) -> Option<MeshPolicy> {
+        let mut fields = field.fields()?;
+        fields.later(&["outbound", "failMode", "sameNode", "telemetry"]);
+        let target_refs = target_refs(
+            &mut fields,
+            &Targets {
+                workloads: true,
+                anywhere: true,
+            },
+        );
+        let mtls = fields
+            .need("mtls", "mode, ports or both")
+            .and_then(|f| MtlsSettings::decode(&f));
+        fields.finish();
+        Some(MeshPolicy {
+            target_refs: target_refs?,
+            mtls: Some(mtls?),
+        })
+    }
+}
+
+const MODES: [(&str, MtlsMode); 3] = [
+    ("strict", MtlsMode::Strict),
+    ("permissive", MtlsMode::Permissive),
+    ("off", MtlsMode::Off),
+];
+
+impl Decode for MtlsSettings {
+    fn decode(field: &Field) -> Option<MtlsSettings> {
+        let mut fields = field.fields()?;
+        let mode = fields.read("mode", |f| f.choice(&MODES, &[]));
+        let ports = fields.read("ports", port_modes);
+        fields.finish();
+        let settings = MtlsSettings {
+            mode: mode?,
+            ports: ports?.unwrap_or_default(),
+        };
+        if settings.mode.is_none() && settings.ports.is_empty() {
+            field.refuse("says nothing", "mode, ports or both");
+            return None;
+        }
+        Some(settings)
+    }
+}
+
+/// `{"8080": permissive}`.
+fn port_modes(field: &Field) -> Option<BTreeMap<u16, MtlsMode>> {
+    let entries = field.entries()?;
+    if entries.len() > PORTS_MAX {
+        field.refuse(format!("has {} ports", entries.len()), format!("at most {PORTS_MAX}"));
+        return None;
+    }
+    let read = |(key, value): &(&str, Field)| {
+        let mode = value.choice(&MODES, &[]);
+        let port = key.parse::<u16>().ok().filter(|port| *port > 0);
+        if port.is_none() {
+            value.refuse(format!("{} is no port", quoted(key)), "a number from 1 to 65535");
+        }
+        Some((port?, mode?))
+    };
+    let pairs: Vec<Option<(u16, MtlsMode)>> = entries.iter().map(read).collect();
+    pairs.into_iter().collect()
+}
+
+deserialize_by_decoding!(MeshPolicy);

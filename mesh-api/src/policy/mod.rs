@@ -6,7 +6,9 @@
 //! A field that would guard and is not implemented is refused by the reader, never dropped.
 
 mod access;
+pub(crate) mod check;
 mod http_route;
+mod http_route_reader;
 mod mesh;
 mod rate_limit;
 mod subset;

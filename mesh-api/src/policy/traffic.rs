@@ -2,7 +2,20 @@
 
 use serde::{Serialize, Serializer};
 
-use super::{Duration, TargetRef};
+use super::{
+    Duration, TargetRef, check,
+    target::{Targets, target_refs},
+};
+use crate::read::{Decode, Field, deserialize_by_decoding, quoted};
+
+/// The most additional tries of one request.
+pub(super) const ATTEMPTS_MAX: u32 = 10;
+/// The statuses that may be tried again.
+pub(super) const RETRY_STATUS: std::ops::RangeInclusive<u16> = 400..=599;
+/// The most conditions of one retry policy.
+const RETRY_CONDITIONS_MAX: usize = 32;
+/// The highest of a breaker's numbers.
+const COUNT_MAX: u32 = 1_000_000_000;
 
 /// `spec` of a TrafficPolicy. The most specific target wins, field by field (`loadBalancer`, each timeout, `retry`,
 /// `circuitBreaker`).
@@ -160,3 +173,213 @@ pub struct BreakerErrorRate {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_requests: Option<u32>,
 }
+
+impl Decode for TrafficPolicy {
+    fn decode(field: &Field) -> Option<TrafficPolicy> {
+        let mut fields = field.fields()?;
+        fields.later(&[
+            "locality",
+            "slowStart",
+            "adaptiveConcurrency",
+            "healthChecks",
+            "outlierEjection",
+            "connectionPool",
+        ]);
+        let target_refs = target_refs(
+            &mut fields,
+            &Targets {
+                workloads: false,
+                anywhere: false,
+            },
+        );
+        let load_balancer = fields.read("loadBalancer", LoadBalancer::decode);
+        let timeouts = fields.read("timeouts", TrafficTimeouts::decode);
+        let retry = fields.read("retry", RetryPolicy::decode);
+        let circuit_breaker = fields.read("circuitBreaker", CircuitBreaker::decode);
+        fields.finish();
+        let policy = TrafficPolicy {
+            target_refs: target_refs?,
+            load_balancer: load_balancer?,
+            timeouts: timeouts?,
+            retry: retry?,
+            circuit_breaker: circuit_breaker?,
+        };
+        let silent = policy.load_balancer.is_none()
+            && policy.timeouts.is_none()
+            && policy.retry.is_none()
+            && policy.circuit_breaker.is_none();
+        if silent {
+            field.refuse("says nothing", "loadBalancer, timeouts, retry or circuitBreaker");
+            return None;
+        }
+        Some(policy)
+    }
+}
+
+impl Decode for LoadBalancer {
+    fn decode(field: &Field) -> Option<LoadBalancer> {
+        let mut fields = field.fields()?;
+        fields.later(&["weights", "hashKey", "locality", "slowStart"]);
+        let algorithms = [
+            ("round-robin", BalancerName::RoundRobin),
+            ("random", BalancerName::Random),
+            ("least-request", BalancerName::LeastRequest),
+        ];
+        let later = ["peak-ewma", "ring-hash", "maglev"];
+        let algorithm = fields
+            .need("algorithm", "round-robin, random or least-request")
+            .and_then(|f| f.choice(&algorithms, &later));
+        fields.finish();
+        Some(LoadBalancer { algorithm: algorithm? })
+    }
+}
+
+impl Decode for TrafficTimeouts {
+    fn decode(field: &Field) -> Option<TrafficTimeouts> {
+        let mut fields = field.fields()?;
+        let request = fields.read("request", check::some_time);
+        let connect = fields.read("connect", check::some_time);
+        let idle = fields.read("idle", check::some_time);
+        fields.finish();
+        let timeouts = TrafficTimeouts {
+            request: request?,
+            connect: connect?,
+            idle: idle?,
+        };
+        if timeouts == TrafficTimeouts::default() {
+            field.refuse("says nothing", "request, connect or idle");
+            return None;
+        }
+        Some(timeouts)
+    }
+}
+
+impl Decode for RetryPolicy {
+    fn decode(field: &Field) -> Option<RetryPolicy> {
+        let mut fields = field.fields()?;
+        fields.later(&["hedging", "backoff"]);
+        let attempts = fields
+            .need("attempts", &format!("a number from 1 to {ATTEMPTS_MAX}"))
+            .and_then(|f| f.integer(1..=ATTEMPTS_MAX));
+        let on = fields
+            .need("on", "at least one condition")
+            .and_then(|f| retry_conditions(&f));
+        let per_try_timeout = fields.read("perTryTimeout", check::some_time);
+        let budget = fields.read("budget", RetryBudget::decode);
+        fields.finish();
+        Some(RetryPolicy {
+            attempts: attempts?,
+            on: on?,
+            per_try_timeout: per_try_timeout?,
+            budget: budget?,
+        })
+    }
+}
+
+fn retry_conditions(field: &Field) -> Option<Vec<RetryCondition>> {
+    let items = field.items(RETRY_CONDITIONS_MAX)?;
+    if items.is_empty() {
+        field.refuse("is empty", "at least one condition");
+    }
+    let conditions: Vec<Option<RetryCondition>> = items.iter().map(RetryCondition::decode).collect();
+    let names: Vec<Option<String>> = conditions.iter().map(|c| c.map(|c| c.to_string())).collect();
+    check::unique(&items, names.iter().map(Option::as_deref), "condition");
+    let conditions: Option<Vec<RetryCondition>> = conditions.into_iter().collect();
+    conditions.filter(|conditions| !conditions.is_empty())
+}
+
+impl Decode for RetryCondition {
+    fn decode(field: &Field) -> Option<RetryCondition> {
+        let text = field.text()?;
+        let condition = match text {
+            "connect-failure" => Some(RetryCondition::ConnectFailure),
+            "reset" => Some(RetryCondition::Reset),
+            "refused-stream" => Some(RetryCondition::RefusedStream),
+            "gateway-error" => Some(RetryCondition::GatewayError),
+            "5xx" => Some(RetryCondition::ServerError),
+            status if status.len() == 3 => status
+                .parse()
+                .ok()
+                .filter(|status| RETRY_STATUS.contains(status))
+                .map(RetryCondition::Status),
+            _ => None,
+        };
+        if condition.is_none() {
+            let expected =
+                "connect-failure, reset, refused-stream, gateway-error, 5xx or a status from 400 to 599 in quotes";
+            field.refuse(format!("{} is not known", quoted(text)), expected);
+        }
+        condition
+    }
+}
+
+impl Decode for RetryBudget {
+    fn decode(field: &Field) -> Option<RetryBudget> {
+        let mut fields = field.fields()?;
+        let percent = fields
+            .need("percent", "a number from 0 to 100")
+            .and_then(|f| check::percent(0)(&f));
+        fields.finish();
+        Some(RetryBudget { percent: percent? })
+    }
+}
+
+impl Decode for CircuitBreaker {
+    fn decode(field: &Field) -> Option<CircuitBreaker> {
+        let mut fields = field.fields()?;
+        fields.later(&["fallback"]);
+        let max_connections = fields.read("maxConnections", |f| f.integer(1..=COUNT_MAX));
+        let max_pending_requests = fields.read("maxPendingRequests", |f| f.integer(0..=COUNT_MAX));
+        let max_requests = fields.read("maxRequests", |f| f.integer(1..=COUNT_MAX));
+        let consecutive_failures = fields.read("consecutiveFailures", |f| f.integer(1..=COUNT_MAX));
+        let error_rate = fields.read("errorRate", BreakerErrorRate::decode);
+        let open_for = fields.read("openFor", check::some_time);
+        let half_open_probes = fields.read("halfOpenProbes", |f| f.integer(1..=COUNT_MAX));
+        fields.finish();
+        let breaker = CircuitBreaker {
+            max_connections: max_connections?,
+            max_pending_requests: max_pending_requests?,
+            max_requests: max_requests?,
+            consecutive_failures: consecutive_failures?,
+            error_rate: error_rate?,
+            open_for: open_for?,
+            half_open_probes: half_open_probes?,
+        };
+        let trips = breaker.consecutive_failures.is_some() || breaker.error_rate.is_some();
+        let limits = breaker
+            .max_connections
+            .or(breaker.max_pending_requests)
+            .or(breaker.max_requests)
+            .is_some();
+        if !trips && !limits {
+            let expected = "maxConnections, maxPendingRequests, maxRequests, consecutiveFailures or errorRate";
+            field.refuse("limits nothing", expected);
+            return None;
+        }
+        if !trips && (breaker.open_for.is_some() || breaker.half_open_probes.is_some()) {
+            let expected = "consecutiveFailures or errorRate, which open it";
+            field.refuse("openFor and halfOpenProbes are of a breaker that never opens", expected);
+            return None;
+        }
+        Some(breaker)
+    }
+}
+
+impl Decode for BreakerErrorRate {
+    fn decode(field: &Field) -> Option<BreakerErrorRate> {
+        let mut fields = field.fields()?;
+        let percent = fields
+            .need("percent", "a number from 1 to 100")
+            .and_then(|f| check::percent(1)(&f));
+        let window = fields.read("window", check::some_time);
+        let min_requests = fields.read("minRequests", |f| f.integer(1..=COUNT_MAX));
+        fields.finish();
+        Some(BreakerErrorRate {
+            percent: percent?,
+            window: window?,
+            min_requests: min_requests?,
+        })
+    }
+}
+
+deserialize_by_decoding!(TrafficPolicy);

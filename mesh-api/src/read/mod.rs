@@ -1,6 +1,17 @@
 //! Reading typed values out of YAML or JSON: every problem at once, each with its line, its field and what was expected.
 
-use std::fmt;
+//!
+//! [`load`] makes trees of a text, [`Field`] and [`Fields`] read typed values out of a tree. A reader returns `None` when
+//! it has reported a problem; it goes on with what stands beside it, so that one look at the output is enough to
+//! mend a file. Readers of what people and peers write are total: they refuse, they never panic.
+
+mod field;
+mod tree;
+
+use std::{cell::RefCell, fmt};
+
+pub(crate) use field::{Decode, Field, Fields, one_of, port};
+pub(crate) use tree::{Node, Tree, load};
 
 /// The most bytes in one source file.
 pub const SOURCE_BYTES_MAX: usize = 4 << 20;
@@ -49,3 +60,90 @@ impl fmt::Display for Problem {
 }
 
 impl std::error::Error for Problem {}
+
+/// Where problems go while a source is read.
+pub(crate) struct Log<'a> {
+    source: &'a str,
+    problems: RefCell<Vec<Problem>>,
+}
+
+impl<'a> Log<'a> {
+    pub(crate) fn new(source: &'a str) -> Log<'a> {
+        Log {
+            source,
+            problems: RefCell::new(Vec::new()),
+        }
+    }
+
+    /// Adds a problem; beyond [`PROBLEMS_MAX`] they are dropped.
+    pub(crate) fn refuse(&self, line: u32, path: &str, message: impl Into<String>, expected: impl Into<String>) {
+        let mut problems = self.problems.borrow_mut();
+        if problems.len() < PROBLEMS_MAX {
+            problems.push(Problem {
+                source: self.source.to_owned(),
+                line: (line > 0).then_some(line),
+                path: path.to_owned(),
+                message: message.into(),
+                expected: expected.into(),
+            });
+        }
+    }
+
+    /// How many problems there are so far.
+    pub(crate) fn len(&self) -> usize {
+        self.problems.borrow().len()
+    }
+
+    /// The problems, by line.
+    pub(crate) fn into_problems(self) -> Vec<Problem> {
+        let mut problems = self.problems.into_inner();
+        problems.sort_by_key(|problem| problem.line);
+        problems
+    }
+}
+
+/// The path of a field of the value at `path`. Keys that are no plain words (labels, annotations) are put in brackets.
+pub(crate) fn join(path: &str, key: &str) -> String {
+    let plain = !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+    match (path.is_empty(), plain) {
+        (true, true) => key.to_owned(),
+        (false, true) => format!("{path}.{key}"),
+        (_, false) => format!("{path}[{}]", quoted(key)),
+    }
+}
+
+/// A text in quotes, control characters escaped, cut where it is long.
+pub(crate) fn quoted(text: &str) -> String {
+    const CHARS_MAX: usize = 80;
+    match text.char_indices().nth(CHARS_MAX) {
+        Some((at, _)) => format!("{:?}…", text.get(..at).unwrap_or_default()),
+        None => format!("{text:?}"),
+    }
+}
+
+/// Reads a spec from JSON: the readers' way into [`serde::Deserialize`] and from the wire.
+pub(crate) fn from_json<T: Decode>(value: &serde_json::Value) -> Result<T, Vec<Problem>> {
+    let node = Node::from_json(value);
+    let log = Log::new("spec");
+    let decoded = T::decode(&Field::root(&log, &node, None));
+    match (decoded, log.len()) {
+        (Some(value), 0) => Ok(value),
+        _ => Err(log.into_problems()),
+    }
+}
+
+/// [`serde::Deserialize`] by way of [`Decode`]: one reader, whatever the format.
+macro_rules! deserialize_by_decoding {
+    ($($type:ty),+ $(,)?) => {$(
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<$type, D::Error> {
+                let value = serde_json::Value::deserialize(deserializer)?;
+                $crate::read::from_json(&value).map_err(|problems| {
+                    let texts: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                    serde::de::Error::custom(texts.join("; "))
+                })
+            }
+        }
+    )+};
+}
+pub(crate) use deserialize_by_decoding;

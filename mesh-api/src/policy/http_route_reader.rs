@@ -1,0 +1,504 @@
+//! Reads and validates an HTTPRoute's spec, by the Gateway API's own rules and bounds.
+//!
+//! What the Gateway API defines and the mesh does not do yet is refused: a mirror that is not sent or a filter that is
+//! not run would be silent surprises.
+
+use super::{
+    BackendKind, BackendRef, Duration, GATEWAY_GROUP, GROUP, HeaderModifier, HeaderValue, HttpRoute, HttpRouteFilter,
+    HttpRouteMatch, HttpRouteRetry, HttpRouteRule, HttpRouteTimeouts, ParentRef, PathMatch, PathModifier,
+    RequestRedirect, UrlRewrite, check,
+    traffic::{ATTEMPTS_MAX, RETRY_STATUS},
+};
+use crate::read::{Decode, Field, Fields, deserialize_by_decoding, port, quoted};
+
+/// The most parents, hostnames, rules, matches of a rule, matches of a route, filters and backends: as the Gateway API has them.
+const PARENTS_MAX: usize = 32;
+const HOSTNAMES_MAX: usize = 16;
+const RULES_MAX: usize = 16;
+const MATCHES_MAX: usize = 64;
+const MATCHES_OF_ROUTE_MAX: usize = 128;
+const FILTERS_MAX: usize = 16;
+const BACKENDS_MAX: usize = 16;
+const HEADERS_MAX: usize = 16;
+const RETRY_CODES_MAX: usize = 32;
+const WEIGHT_MAX: u32 = 1_000_000;
+
+impl Decode for HttpRoute {
+    fn decode(field: &Field) -> Option<HttpRoute> {
+        let mut fields = field.fields()?;
+        fields.later(&["useDefaultGateways"]);
+        let parent_refs = fields
+            .need("parentRefs", "at least one parent")
+            .and_then(|f| parents(&f));
+        let hostnames = fields.list("hostnames", HOSTNAMES_MAX, |f| f.word().map(str::to_owned));
+        let rules = fields.need("rules", "at least one rule").and_then(|f| rules(&f));
+        fields.finish();
+        Some(HttpRoute {
+            parent_refs: parent_refs?,
+            hostnames: hostnames?,
+            rules: rules?,
+        })
+    }
+}
+
+deserialize_by_decoding!(HttpRoute);
+
+fn parents(field: &Field) -> Option<Vec<ParentRef>> {
+    let parents = field.list(PARENTS_MAX, ParentRef::decode)?;
+    if parents.is_empty() {
+        field.refuse("is empty", "at least one parent");
+        return None;
+    }
+    Some(parents)
+}
+
+impl Decode for ParentRef {
+    fn decode(field: &Field) -> Option<ParentRef> {
+        let mut fields = field.fields()?;
+        let group = fields.read("group", Field::text);
+        let kind = fields.read("kind", Field::word);
+        let namespace = fields.read("namespace", check::dns_label);
+        let name = fields
+            .need("name", "the name of a Service")
+            .and_then(|f| check::dns_name(&f));
+        let section_name = fields.read("sectionName", check::dns_name);
+        let port = fields.read("port", port);
+        fields.finish();
+        let kind = kind?.unwrap_or("Gateway");
+        // The Gateway API's default group is that of Gateway. A Service is of no other group than the core one, so its
+        // group may be left out.
+        let group = match (group?, kind) {
+            (None | Some("" | "core"), "Service") => "",
+            (None, _) => GATEWAY_GROUP,
+            (Some(group), _) => group,
+        };
+        Some(ParentRef {
+            group: group.to_owned(),
+            kind: kind.to_owned(),
+            namespace: namespace?,
+            name: name?,
+            section_name: section_name?,
+            port: port?,
+        })
+    }
+}
+
+fn rules(field: &Field) -> Option<Vec<HttpRouteRule>> {
+    let items = field.items(RULES_MAX)?;
+    if items.is_empty() {
+        field.refuse("is empty", "at least one rule");
+        return None;
+    }
+    let rules: Vec<Option<HttpRouteRule>> = items.iter().map(HttpRouteRule::decode).collect();
+    check::unique(
+        &items,
+        rules.iter().map(|r| r.as_ref().and_then(|r| r.name.as_deref())),
+        "name",
+    );
+    let rules: Vec<HttpRouteRule> = rules.into_iter().collect::<Option<_>>()?;
+    let matches: usize = rules.iter().map(|rule| rule.matches.len()).sum();
+    if matches > MATCHES_OF_ROUTE_MAX {
+        field.refuse(
+            format!("has {matches} matches in all"),
+            format!("at most {MATCHES_OF_ROUTE_MAX}"),
+        );
+        return None;
+    }
+    Some(rules)
+}
+
+impl Decode for HttpRouteRule {
+    fn decode(field: &Field) -> Option<HttpRouteRule> {
+        let mut fields = field.fields()?;
+        fields.later(&["sessionPersistence"]);
+        let name = fields.read("name", check::rule_name);
+        let matches = fields.list("matches", MATCHES_MAX, HttpRouteMatch::decode);
+        let filters = fields.read("filters", |f| filters(f, Place::Rule));
+        let backend_refs = fields.list("backendRefs", BACKENDS_MAX, BackendRef::decode);
+        let timeouts = fields.read("timeouts", HttpRouteTimeouts::decode);
+        let retry = fields.read("retry", HttpRouteRetry::decode);
+        fields.finish();
+        let rule = HttpRouteRule {
+            name: name?,
+            matches: matches?,
+            filters: filters?.unwrap_or_default(),
+            backend_refs: backend_refs?,
+            timeouts: timeouts?.unwrap_or_default(),
+            retry: retry?,
+        };
+        check_rule(field, &rule).then_some(rule)
+    }
+}
+
+/// What the parts of a rule say of each other.
+fn check_rule(field: &Field, rule: &HttpRouteRule) -> bool {
+    let mut good = true;
+    let mut refuse = |message: &str, expected: &str| {
+        field.refuse(message, expected);
+        good = false;
+    };
+    let redirects = rule
+        .filters
+        .iter()
+        .any(|f| matches!(f, HttpRouteFilter::RequestRedirect(_)));
+    let rewrites = rule.filters.iter().any(|f| matches!(f, HttpRouteFilter::UrlRewrite(_)));
+    if redirects && !rule.backend_refs.is_empty() {
+        refuse("has both a RequestRedirect and backendRefs", "one of them");
+    }
+    if redirects && rewrites {
+        refuse("has both a RequestRedirect and a URLRewrite", "one of them");
+    }
+    let replaces_prefix = rule.filters.iter().any(|filter| {
+        let path = match filter {
+            HttpRouteFilter::RequestRedirect(redirect) => redirect.path.as_ref(),
+            HttpRouteFilter::UrlRewrite(rewrite) => rewrite.path.as_ref(),
+            HttpRouteFilter::RequestHeaderModifier(_) | HttpRouteFilter::ResponseHeaderModifier(_) => None,
+        };
+        matches!(path, Some(PathModifier::ReplacePrefixMatch(_)))
+    });
+    let one_prefix = match rule.matches.as_slice() {
+        [] => true,
+        [only] => matches!(only.path, PathMatch::PathPrefix(_)),
+        _ => false,
+    };
+    if replaces_prefix && !one_prefix {
+        refuse(
+            "ReplacePrefixMatch has no single prefix to replace",
+            "exactly one match, with a path of type PathPrefix",
+        );
+    }
+    good
+}
+
+impl Decode for HttpRouteMatch {
+    fn decode(field: &Field) -> Option<HttpRouteMatch> {
+        let mut fields = field.fields()?;
+        let path = fields.read("path", PathMatch::decode);
+        let headers = fields.read("headers", |f| named(f, check::header_match));
+        let query_params = fields.read("queryParams", |f| named(f, check::query_match));
+        let method = fields.read("method", |f| {
+            f.choice(
+                &[
+                    "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
+                ]
+                .map(|m| (m, m)),
+                &[],
+            )
+        });
+        fields.finish();
+        Some(HttpRouteMatch {
+            path: path?.unwrap_or_else(|| PathMatch::PathPrefix("/".to_owned())),
+            headers: headers?.unwrap_or_default(),
+            query_params: query_params?.unwrap_or_default(),
+            method: method?.map(str::to_owned),
+        })
+    }
+}
+
+/// Matches by name, each name once: of two, the Gateway API would look at the first only.
+fn named(field: &Field, read: fn(&Field) -> Option<super::HeaderMatch>) -> Option<Vec<super::HeaderMatch>> {
+    let items = field.items(HEADERS_MAX)?;
+    let matches: Vec<Option<super::HeaderMatch>> = items.iter().map(read).collect();
+    check::unique(
+        &items,
+        matches.iter().map(|m| m.as_ref().map(|m| m.name.as_str())),
+        "name",
+    );
+    matches.into_iter().collect()
+}
+
+/// Where a filter stands.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    Rule,
+    Backend,
+}
+
+/// The words of a filter's type, and the field that belongs to each.
+#[derive(Clone, Copy)]
+enum FilterType {
+    RequestHeaders,
+    ResponseHeaders,
+    Redirect,
+    Rewrite,
+}
+
+const FILTERS_LATER: [&str; 4] = ["RequestMirror", "ExtensionRef", "CORS", "ExternalAuth"];
+
+fn filters(field: &Field, place: Place) -> Option<Vec<HttpRouteFilter>> {
+    let items = field.items(FILTERS_MAX)?;
+    let filters: Vec<Option<HttpRouteFilter>> = items.iter().map(|item| filter(item, place)).collect();
+    check::unique(
+        &items,
+        filters.iter().map(|f| f.as_ref().map(HttpRouteFilter::type_name)),
+        "filter",
+    );
+    filters.into_iter().collect()
+}
+
+fn filter(field: &Field, place: Place) -> Option<HttpRouteFilter> {
+    let mut types = vec![
+        ("RequestHeaderModifier", FilterType::RequestHeaders),
+        ("ResponseHeaderModifier", FilterType::ResponseHeaders),
+    ];
+    let mut later = FILTERS_LATER.to_vec();
+    match place {
+        Place::Rule => types.extend([
+            ("RequestRedirect", FilterType::Redirect),
+            ("URLRewrite", FilterType::Rewrite),
+        ]),
+        Place::Backend => later.extend(["RequestRedirect", "URLRewrite"]),
+    }
+    let mut fields = field.fields()?;
+    let kind = fields
+        .need("type", "a type of filter")
+        .and_then(|f| f.choice(&types, &later));
+    let Some(kind) = kind else {
+        // The body belongs to a type that has been refused: one problem is enough.
+        return None;
+    };
+    let filter = match kind {
+        FilterType::RequestHeaders => fields
+            .need("requestHeaderModifier", "set, add or remove")
+            .and_then(|f| HeaderModifier::decode(&f))
+            .map(HttpRouteFilter::RequestHeaderModifier),
+        FilterType::ResponseHeaders => fields
+            .need("responseHeaderModifier", "set, add or remove")
+            .and_then(|f| HeaderModifier::decode(&f))
+            .map(HttpRouteFilter::ResponseHeaderModifier),
+        FilterType::Redirect => fields
+            .need("requestRedirect", "what the redirect changes")
+            .and_then(|f| RequestRedirect::decode(&f))
+            .map(HttpRouteFilter::RequestRedirect),
+        FilterType::Rewrite => fields
+            .need("urlRewrite", "hostname, path or both")
+            .and_then(|f| UrlRewrite::decode(&f))
+            .map(HttpRouteFilter::UrlRewrite),
+    };
+    fields.finish();
+    filter
+}
+
+impl Decode for HeaderModifier {
+    fn decode(field: &Field) -> Option<HeaderModifier> {
+        let mut fields = field.fields()?;
+        let set = fields.read("set", header_values);
+        let add = fields.read("add", header_values);
+        let remove = fields.list("remove", HEADERS_MAX, check::changed_header_name);
+        fields.finish();
+        let change = HeaderModifier {
+            set: set?.unwrap_or_default(),
+            add: add?.unwrap_or_default(),
+            remove: remove?,
+        };
+        if change == HeaderModifier::default() {
+            field.refuse("changes nothing", "set, add or remove");
+            return None;
+        }
+        Some(change)
+    }
+}
+
+fn header_values(field: &Field) -> Option<Vec<HeaderValue>> {
+    let items = field.items(HEADERS_MAX)?;
+    let values: Vec<Option<HeaderValue>> = items.iter().map(header).collect();
+    check::unique(
+        &items,
+        values.iter().map(|v| v.as_ref().map(|v| v.name.as_str())),
+        "header",
+    );
+    values.into_iter().collect()
+}
+
+fn header(field: &Field) -> Option<HeaderValue> {
+    let mut fields = field.fields()?;
+    let name = fields
+        .need("name", "a header name")
+        .and_then(|f| check::changed_header_name(&f));
+    let value = fields.need("value", "a string").and_then(|f| check::header_value(&f));
+    fields.finish();
+    Some(HeaderValue {
+        name: name?,
+        value: value?,
+    })
+}
+
+impl Decode for RequestRedirect {
+    fn decode(field: &Field) -> Option<RequestRedirect> {
+        let mut fields = field.fields()?;
+        let scheme = fields.read("scheme", |f| f.choice(&[("http", "http"), ("https", "https")], &[]));
+        let hostname = fields.read("hostname", check::hostname);
+        let path = fields.read("path", PathModifier::decode);
+        let port = fields.read("port", port);
+        let status_code = fields.read("statusCode", status_of_redirect);
+        fields.finish();
+        Some(RequestRedirect {
+            scheme: scheme?.map(str::to_owned),
+            hostname: hostname?,
+            path: path?,
+            port: port?,
+            status_code: status_code?.unwrap_or(302),
+        })
+    }
+}
+
+fn status_of_redirect(field: &Field) -> Option<u16> {
+    let status: u16 = field.integer(300..=399)?;
+    if ![301, 302, 303, 307, 308].contains(&status) {
+        field.refuse(format!("{status} is no redirect"), "301, 302, 303, 307 or 308");
+        return None;
+    }
+    Some(status)
+}
+
+impl Decode for UrlRewrite {
+    fn decode(field: &Field) -> Option<UrlRewrite> {
+        let mut fields = field.fields()?;
+        let hostname = fields.read("hostname", check::hostname);
+        let path = fields.read("path", PathModifier::decode);
+        fields.finish();
+        let rewrite = UrlRewrite {
+            hostname: hostname?,
+            path: path?,
+        };
+        if rewrite == UrlRewrite::default() {
+            field.refuse("changes nothing", "hostname, path or both");
+            return None;
+        }
+        Some(rewrite)
+    }
+}
+
+impl Decode for PathModifier {
+    fn decode(field: &Field) -> Option<PathModifier> {
+        let mut fields = field.fields()?;
+        let full = fields
+            .need("type", "ReplaceFullPath or ReplacePrefixMatch")
+            .and_then(|f| f.choice(&[("ReplaceFullPath", true), ("ReplacePrefixMatch", false)], &[]));
+        let modifier = match full {
+            Some(true) => fields
+                .need("replaceFullPath", "the new path")
+                .and_then(|f| check::replacement_path(&f))
+                .map(PathModifier::ReplaceFullPath),
+            Some(false) => fields
+                .need("replacePrefixMatch", "the new prefix")
+                .and_then(|f| check::replacement_path(&f))
+                .map(PathModifier::ReplacePrefixMatch),
+            None => return None,
+        };
+        fields.finish();
+        modifier
+    }
+}
+
+impl Decode for BackendRef {
+    fn decode(field: &Field) -> Option<BackendRef> {
+        let mut fields = field.fields()?;
+        let kind = backend_kind(&mut fields);
+        let name = fields
+            .need("name", "the name of a Service or ServiceSubset")
+            .and_then(|f| check::dns_name(&f));
+        let own_namespace = fields.get("namespace").is_none_or(|f| in_own_namespace(&f));
+        let port = fields.need("port", "the service's port").and_then(|f| port(&f));
+        let weight = fields.read("weight", |f| f.integer(0..=WEIGHT_MAX));
+        let filters = fields.read("filters", |f| filters(f, Place::Backend));
+        fields.finish();
+        let backend = BackendRef {
+            kind: kind?,
+            name: name?,
+            port: port?,
+            weight: weight?.unwrap_or(1),
+            filters: filters?.unwrap_or_default(),
+        };
+        own_namespace.then_some(backend)
+    }
+}
+
+fn backend_kind(fields: &mut Fields) -> Option<BackendKind> {
+    let kinds = [
+        ("Service", BackendKind::Service),
+        ("ServiceSubset", BackendKind::ServiceSubset),
+    ];
+    let kind = fields
+        .read("kind", |f| f.choice(&kinds, &["ExternalService"]))?
+        .unwrap_or(BackendKind::Service);
+    let group = fields.get("group");
+    let text = match &group {
+        Some(field) => field.text()?,
+        None => "",
+    };
+    let good = match kind {
+        BackendKind::Service => text.is_empty() || text == "core",
+        BackendKind::ServiceSubset => text == GROUP,
+    };
+    if !good {
+        let expected = match kind {
+            BackendKind::Service => "\"\", the core group".to_owned(),
+            BackendKind::ServiceSubset => GROUP.to_owned(),
+        };
+        let field = group.as_ref().unwrap_or(fields.whole());
+        let message = if group.is_some() {
+            format!("{} is not the kind's group", quoted(text))
+        } else {
+            "names no group".to_owned()
+        };
+        field.refuse(message, expected);
+        return None;
+    }
+    Some(kind)
+}
+
+/// A backend elsewhere needs the other namespace's ReferenceGrant.
+fn in_own_namespace(field: &Field) -> bool {
+    let Some(name) = check::dns_label(field) else {
+        return false;
+    };
+    let own = field.namespace();
+    if own.is_some_and(|own| own != name) {
+        field.refuse_later(
+            "a backend in another namespace (ReferenceGrant)",
+            "the route's own namespace",
+        );
+        return false;
+    }
+    true
+}
+
+impl Decode for HttpRouteTimeouts {
+    fn decode(field: &Field) -> Option<HttpRouteTimeouts> {
+        let mut fields = field.fields()?;
+        let request = fields.read("request", Duration::decode);
+        let backend_request = fields.read("backendRequest", Duration::decode);
+        fields.finish();
+        let timeouts = HttpRouteTimeouts {
+            request: request?,
+            backend_request: backend_request?,
+        };
+        if let (Some(whole), Some(part)) = (timeouts.request, timeouts.backend_request)
+            && !whole.is_zero()
+            && part > whole
+        {
+            field.refuse(
+                format!("backendRequest {part} is longer than request {whole}"),
+                "at most the request's timeout",
+            );
+            return None;
+        }
+        Some(timeouts)
+    }
+}
+
+impl Decode for HttpRouteRetry {
+    fn decode(field: &Field) -> Option<HttpRouteRetry> {
+        let mut fields = field.fields()?;
+        let codes = fields.list("codes", RETRY_CODES_MAX, |f| f.integer(RETRY_STATUS));
+        let attempts = fields.read("attempts", |f| f.integer(1..=ATTEMPTS_MAX));
+        let backoff = fields.read("backoff", check::some_time);
+        fields.finish();
+        Some(HttpRouteRetry {
+            codes: codes?,
+            attempts: attempts?,
+            backoff: backoff?,
+        })
+    }
+}
