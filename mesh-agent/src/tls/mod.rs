@@ -142,14 +142,21 @@ impl LeftOver {
 
 /// The two kinds of session behind one door.
 trait Records<Data> {
+    fn has_more_to_say(&self) -> bool;
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Data>;
 }
 impl Records<ClientConnectionData> for UnbufferedClientConnection {
+    fn has_more_to_say(&self) -> bool {
+        self.wants_write()
+    }
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, ClientConnectionData> {
         self.process_tls_records(incoming)
     }
 }
 impl Records<ServerConnectionData> for UnbufferedServerConnection {
+    fn has_more_to_say(&self) -> bool {
+        self.wants_write()
+    }
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, ServerConnectionData> {
         self.process_tls_records(incoming)
     }
@@ -240,14 +247,12 @@ fn step<D>(
             }
             // Blocked in the handshake, closed on both sides, or early data, which is never offered.
             Ok(_) => stop = true,
-            // The first error may leave an alert to be sent; it comes out with the next turn.
-            Err(error) => {
-                stop = out.failed.is_some();
-                out.failed.get_or_insert(error);
-            }
+            Err(error) => _ = out.failed.get_or_insert(error),
         }
         out.consumed = (out.consumed + discard).min(input.len());
-        if stop {
+        // After an error there is at most an alert to be fetched, which comes before any record is looked at. Without
+        // one, rustls must not see the input again.
+        if stop || (out.failed.is_some() && !session.has_more_to_say()) {
             return out;
         }
     }
@@ -553,6 +558,9 @@ impl TlsStream {
 
     /// Seals something small behind what waits for the socket and offers it all.
     fn say(&mut self, what: Small<'_>) -> io::Result<()> {
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
         let mut sealed = [0u8; SMALL_RECORD_BYTES];
         let then = match what {
             Small::Data(data) => Then::Seal { data, into: &mut sealed },
@@ -701,3 +709,6 @@ impl fmt::Debug for TlsStream {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;
