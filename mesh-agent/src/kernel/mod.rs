@@ -62,7 +62,8 @@ pub struct KernelConfig {
     pub pin_dir: PathBuf,
     /// What happens while no agent listens.
     pub fail_mode: FailMode,
-    /// The addresses that the node's kubelet probes from, at most [`NODE_ADDRESSES_MAX`]; see [`node_addresses`].
+    /// The addresses that the node's kubelet probes from, at most [`NODE_ADDRESSES_MAX`]; see [`node_addresses`]. Those
+    /// that become known later are added by [`Kernel::add_node_addresses`].
     pub node_addresses: Vec<IpAddr>,
     /// Whether debug builds of the programs log each decision.
     pub debug: bool,
@@ -236,6 +237,28 @@ impl Kernel {
     /// The pin directory.
     pub fn pin_dir(&self) -> &Path {
         &self.pin_dir
+    }
+
+    /// Adds addresses that the node's kubelet probes from to those it was attached with. What exceeds
+    /// [`NODE_ADDRESSES_MAX`] is left out: probes from there are judged like any other connection.
+    pub fn add_node_addresses(&self, ips: &[IpAddr]) -> Result<(), KernelError> {
+        let _writer = self.writer.lock();
+        let old = self.maps.config.get(&0)?.unwrap_or_default();
+        let mut new = old;
+        for addr in ips.iter().map(|ip| Addr::from(*ip)) {
+            if new.is_node(&addr) {
+                continue;
+            }
+            match new.node.iter_mut().find(|place| place.is_none()) {
+                Some(place) => *place = addr,
+                None => tracing::warn!(ip = %IpAddr::from(addr), "more than {NODE_ADDRESSES_MAX} node addresses"),
+            }
+        }
+        if new == old {
+            Ok(())
+        } else {
+            self.maps.config.set(&0, &new)
+        }
     }
 
     /// Captures a pod, or changes what is known about a captured one in place; live connections are not touched.

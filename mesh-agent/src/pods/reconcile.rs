@@ -110,6 +110,11 @@ impl Pods {
             .map(|workload| (&workload.name, workload))
             .collect();
         self.retire_gone(&enrolled).await;
+        for workload in enrolled.values() {
+            if let Err(error) = self.kernel.add_node_addresses(&workload.node_addresses) {
+                tracing::error!(error = %Chain(&error), "the node's probes will be judged like any other connection");
+            }
+        }
 
         let mut problems: BTreeMap<ObjectName, PodError> = BTreeMap::new();
         for (name, workload) in &enrolled {

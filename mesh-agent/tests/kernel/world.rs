@@ -7,12 +7,12 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mesh_abi::{ABI_VERSION, PortSet, Reason};
@@ -57,8 +57,15 @@ pub struct Exceptions {
 }
 
 fn ip(arguments: &str) {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output().expect("ip (iproute2) is needed");
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .output()
+        .expect("ip (iproute2) is needed");
+    assert!(
+        output.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 impl World {
@@ -71,18 +78,25 @@ impl World {
     pub fn with(change: impl FnOnce(&mut KernelConfig)) -> World {
         // SAFETY: a system call without arguments.
         let user = unsafe { libc::geteuid() };
-        assert_eq!(user, 0, "these tests load kernel programs and need root: run `cargo xtask test`");
+        assert_eq!(
+            user, 0,
+            "these tests load kernel programs and need root: run `cargo xtask test`"
+        );
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("nmt-{}-{number}", std::process::id());
         let pod = format!("{name}-pod");
         let outside = format!("{name}-out");
         ip(&format!("netns add {pod}"));
         ip(&format!("netns add {outside}"));
-        ip(&format!("-n {pod} link add eth0 type veth peer name eth0 netns {outside}"));
+        ip(&format!(
+            "-n {pod} link add eth0 type veth peer name eth0 netns {outside}"
+        ));
         for (netns, last) in [(&pod, 2), (&outside, 1)] {
             ip(&format!("-n {netns} link set lo up"));
             ip(&format!("-n {netns} address add 10.99.{number}.{last}/24 dev eth0"));
-            ip(&format!("-n {netns} address add fd99:{number}::{last}/64 dev eth0 nodad"));
+            ip(&format!(
+                "-n {netns} address add fd99:{number}::{last}/64 dev eth0 nodad"
+            ));
             ip(&format!("-n {netns} link set eth0 up"));
         }
         ip(&format!("-n {pod} route add default via 10.99.{number}.1"));
@@ -91,12 +105,21 @@ impl World {
             cgroup: cgroup2_root().unwrap(),
             pin_dir: PathBuf::from(format!("/sys/fs/bpf/{name}-abi{ABI_VERSION}")),
             fail_mode: FailMode::Refuse,
-            node_addresses: vec![format!("10.99.{number}.1").parse().unwrap(), format!("fd99:{number}::1").parse().unwrap()],
+            node_addresses: vec![
+                format!("10.99.{number}.1").parse().unwrap(),
+                format!("fd99:{number}::1").parse().unwrap(),
+            ],
             debug: false,
         };
         change(&mut config);
         let netns = Netns::open(Path::new(&format!("/run/netns/{pod}"))).unwrap();
-        let mut world = World { name, number, netns, kernel: None, config };
+        let mut world = World {
+            name,
+            number,
+            netns,
+            kernel: None,
+            config,
+        };
         world.attach();
         world
     }
@@ -126,11 +149,6 @@ impl World {
         self.netns.cookie()
     }
 
-    /// The pod's network namespace.
-    pub fn netns(&self) -> &Netns {
-        &self.netns
-    }
-
     /// The file of the pod's network namespace.
     pub fn netns_path(&self) -> PathBuf {
         PathBuf::from(format!("/run/netns/{}-pod", self.name))
@@ -138,18 +156,47 @@ impl World {
 
     /// The pod's address.
     pub fn pod_ip(&self, ipv6: bool) -> IpAddr {
-        self.ip(ipv6, 2)
+        self.address(ipv6, 2)
     }
 
     /// The address outside.
     pub fn outside_ip(&self, ipv6: bool) -> IpAddr {
-        self.ip(ipv6, 1)
+        self.address(ipv6, 1)
     }
 
-    fn ip(&self, ipv6: bool, last: u32) -> IpAddr {
+    fn address(&self, ipv6: bool, last: u32) -> IpAddr {
         let number = self.number;
-        let text = if ipv6 { format!("fd99:{number}::{last}") } else { format!("10.99.{number}.{last}") };
+        let text = if ipv6 {
+            format!("fd99:{number}::{last}")
+        } else {
+            format!("10.99.{number}.{last}")
+        };
         text.parse().unwrap()
+    }
+
+    /// Runs `ip` in the pod.
+    pub fn ip(&self, arguments: &str) {
+        ip(&format!("-n {}-pod {arguments}", self.name));
+    }
+
+    /// Deletes the pod's network namespace, and waits until it is gone.
+    pub fn delete_pod(&mut self) {
+        let outside = Netns::open(Path::new(&format!("/run/netns/{}-out", self.name))).unwrap();
+        // The descriptor that keeps it alive goes first; the veth pair dies with the namespace.
+        self.netns = outside;
+        ip(&format!("netns delete {}-pod", self.name));
+        let deadline = Instant::now() + PATIENCE;
+        let interface = format!("-n {}-out link show eth0", self.name);
+        while Command::new("ip")
+            .args(interface.split(' '))
+            .output()
+            .unwrap()
+            .status
+            .success()
+        {
+            assert!(Instant::now() < deadline, "the network namespace does not go");
+            std::thread::yield_now();
+        }
     }
 
     /// Runs an application on a thread in the pod.
@@ -181,7 +228,10 @@ impl World {
             }
             listeners
         };
-        let agent = Agent { outbound: groups("outbound"), inbound: groups("inbound") };
+        let agent = Agent {
+            outbound: groups("outbound"),
+            inbound: groups("inbound"),
+        };
         self.enrol(&agent, exceptions);
         agent
     }
@@ -189,10 +239,18 @@ impl World {
     /// Captures the pod for the agent's listeners, or changes how.
     pub fn enrol(&self, agent: &Agent, exceptions: &Exceptions) {
         let address = |ipv6: bool| {
-            agent.outbound.iter().map(|l| l.local_addr().unwrap()).find(|a| a.is_ipv6() == ipv6)
+            agent
+                .outbound
+                .iter()
+                .map(|l| l.local_addr().unwrap())
+                .find(|a| a.is_ipv6() == ipv6)
         };
         let listener = |ipv6: bool| {
-            agent.inbound.iter().find(|l| l.local_addr().unwrap().is_ipv6() == ipv6).map(|l| l.as_fd())
+            agent
+                .inbound
+                .iter()
+                .find(|l| l.local_addr().unwrap().is_ipv6() == ipv6)
+                .map(|l| l.as_fd())
         };
         let capture = PodCapture {
             cookie: self.cookie(),
@@ -206,7 +264,9 @@ impl World {
             exclude_inbound: PortSet::new(&exceptions.inbound).unwrap(),
             probes: PortSet::new(&exceptions.probes).unwrap(),
         };
-        self.kernel().enrol(&capture).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        self.kernel()
+            .enrol(&capture)
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
     }
 
     /// How often the kernel gave a reason.
@@ -223,9 +283,64 @@ impl Drop for World {
             eprintln!("{}: {}", self.config.pin_dir.display(), chain(&error));
         }
         for end in ["pod", "out"] {
-            let _gone_with_a_test_that_deleted_it =
-                Command::new("ip").args(["netns", "delete", &format!("{}-{end}", self.name)]).output();
+            let _gone_with_a_test_that_deleted_it = Command::new("ip")
+                .args(["netns", "delete", &format!("{}-{end}", self.name)])
+                .output();
         }
+    }
+}
+
+/// A cgroup below the root of the hierarchy.
+pub struct Cgroup(PathBuf);
+
+/// A program that runs in a cgroup and a network namespace.
+pub struct Program(Child);
+
+impl Cgroup {
+    /// A fresh cgroup.
+    pub fn new(world: &World, purpose: &str) -> Cgroup {
+        let path = cgroup2_root().unwrap().join(format!("{}-{purpose}", world.name));
+        fs::create_dir(&path).unwrap();
+        Cgroup(path)
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Runs a Python program in it, in a network namespace.
+    pub fn run(&self, netns: &Path, program: &str) -> Program {
+        let enter = format!(
+            "echo $$ > {}/cgroup.procs && exec nsenter --net={} python3 -c \"$1\"",
+            self.0.display(),
+            netns.display()
+        );
+        Program(Command::new("sh").args(["-c", &enter, "sh", program]).spawn().unwrap())
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // A process that has ended leaves its cgroup a moment later.
+        let deadline = Instant::now() + PATIENCE;
+        while fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Program {
+    /// Waits for its end, which must be a good one.
+    pub fn finish(mut self) {
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ended_already = self.0.kill();
+        let _status = self.0.wait();
     }
 }
 
@@ -270,9 +385,27 @@ fn poll(fds: &mut [libc::pollfd]) -> io::Result<()> {
     }
 }
 
+/// Disconnects a socket, so that it may be connected again.
+pub fn disconnect(socket: &Socket) -> io::Result<()> {
+    let unspecified = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    let size = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: a socket address and its size.
+    match unsafe { libc::connect(socket.as_raw_fd(), &raw const unspecified, size) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Waits until a socket is writable.
 pub fn writable(socket: &Socket) -> io::Result<()> {
-    poll(&mut [libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 }])
+    poll(&mut [libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    }])
 }
 
 /// Accepts the next connection on any of the listeners.
@@ -285,7 +418,11 @@ pub fn accept(listeners: &[TcpListener]) -> (TcpStream, SocketAddr) {
 pub fn accept_any(listeners: &[TcpListener]) -> (usize, TcpStream, SocketAddr) {
     let mut fds: Vec<libc::pollfd> = listeners
         .iter()
-        .map(|listener| libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 })
+        .map(|listener| libc::pollfd {
+            fd: listener.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        })
         .collect();
     poll(&mut fds).expect("a connection arrives");
     let index = fds.iter().position(|fd| fd.revents != 0).unwrap();
