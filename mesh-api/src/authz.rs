@@ -156,7 +156,12 @@ impl AccessRules {
             Some(rule) => Otherwise::Deny(rule, DenyReason::NoAllowRule),
             None => Otherwise::Allow,
         };
-        AccessRules { revision, deny, allow, otherwise }
+        AccessRules {
+            revision,
+            deny,
+            allow,
+            otherwise,
+        }
     }
 
     /// For a destination that the view does not know.
@@ -186,11 +191,18 @@ impl AccessRules {
     }
 
     fn permit(&self, rule: &RuleId) -> Decision {
-        Decision::Permit(Permit { rule: rule.clone(), revision: self.revision })
+        Decision::Permit(Permit {
+            rule: rule.clone(),
+            revision: self.revision,
+        })
     }
 
     fn denied(&self, rule: &RuleId, reason: DenyReason) -> Decision {
-        Decision::Denied(Denied { rule: rule.clone(), revision: self.revision, reason })
+        Decision::Denied(Denied {
+            rule: rule.clone(),
+            revision: self.revision,
+            reason,
+        })
     }
 }
 
@@ -238,28 +250,25 @@ pub fn decide_flow(inbound: &InboundPolicy, source: &SourceAttributes<'_>) -> Re
         Decision::Permit(permit) => Ok(permit),
         Decision::Denied(denied) => Err(denied),
         Decision::NeedsRequest => {
-            let open = |named: &&NamedRule| {
-                rule_fit(&named.rule, inbound.port, source, None, Side::Deny) == Fit::NeedsRequest
-            };
+            let open =
+                |named: &&NamedRule| rule_fit(&named.rule, inbound.port, source, None, Side::Deny) == Fit::NeedsRequest;
             let (rule, reason) = match (access.deny.iter().find(open), &access.otherwise) {
                 (Some(named), _) => (&named.id, DenyReason::DenyRule),
                 (None, Otherwise::Deny(rule, reason)) => (rule, *reason),
                 // Not reached: without a Deny in question only an Allow can be, and then the default is to deny.
                 (None, Otherwise::Allow) => (&RuleId::UNKNOWN_WORKLOAD, DenyReason::DenyRule),
             };
-            Err(Denied { rule: rule.clone(), revision: access.revision, reason })
+            Err(Denied {
+                rule: rule.clone(),
+                revision: access.revision,
+                reason,
+            })
         }
     }
 }
 
 /// A rule matches when one of `from` (or none is given) and one of `to` (or none is given) match.
-fn rule_fit(
-    rule: &AccessRule,
-    port: u16,
-    source: &SourceAttributes<'_>,
-    l7: Option<&dyn Request>,
-    side: Side,
-) -> Fit {
+fn rule_fit(rule: &AccessRule, port: u16, source: &SourceAttributes<'_>, l7: Option<&dyn Request>, side: Side) -> Fit {
     if !rule.from.is_empty() && !rule.from.iter().any(|clause| source_fits(clause, source)) {
         return Fit::No;
     }
@@ -280,7 +289,9 @@ fn rule_fit(
 /// Every field that is not empty must have a value that matches.
 fn source_fits(clause: &SourceClause, source: &SourceAttributes<'_>) -> bool {
     let identity_fits = clause.identities.is_empty()
-        || source.identity.is_some_and(|id| clause.identities.iter().any(|wanted| wanted.matches(id)));
+        || source
+            .identity
+            .is_some_and(|id| clause.identities.iter().any(|wanted| wanted.matches(id)));
     let namespace_fits = clause.namespaces.is_empty()
         || source
             .identity
@@ -313,7 +324,9 @@ fn target_fit(clause: &TargetClause, port: u16, l7: Option<&dyn Request>, side: 
 }
 
 fn header_fits(wanted: &HeaderMatch, request: &dyn Request) -> bool {
-    request.header(&wanted.name).is_some_and(|value| wanted.value.matches(value))
+    request
+        .header(&wanted.name)
+        .is_some_and(|value| wanted.value.matches(value))
 }
 
 fn paths_fit(wanted: &[PathMatch], path: &str, side: Side) -> bool {
@@ -345,13 +358,17 @@ fn reading_matches(pattern: &PathMatch, reading: &str) -> bool {
 fn as_application_reads(path: &str) -> Option<String> {
     let bytes = path.as_bytes();
     let has_pair = |first: u8, second: &[u8]| {
-        bytes.windows(2).any(|pair| matches!(pair, [a, b] if *a == first && second.contains(b)))
+        bytes
+            .windows(2)
+            .any(|pair| matches!(pair, [a, b] if *a == first && second.contains(b)))
     };
     if !bytes.iter().any(|b| matches!(b, b'%' | b'\\')) && !has_pair(b'/', b"/.") {
         return None;
     }
-    let decoded: Vec<u8> =
-        percent_decode(bytes).into_iter().map(|byte| if byte == b'\\' { b'/' } else { byte }).collect();
+    let decoded: Vec<u8> = percent_decode(bytes)
+        .into_iter()
+        .map(|byte| if byte == b'\\' { b'/' } else { byte })
+        .collect();
     let text = String::from_utf8_lossy(&decoded);
     let mut elements: Vec<&str> = Vec::new();
     for element in text.split('/') {

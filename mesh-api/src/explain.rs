@@ -137,7 +137,10 @@ impl Request for PlainRequest {
     }
 
     fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, value)| value.as_str())
     }
 }
 
@@ -148,7 +151,12 @@ pub fn explain(
     destination: SocketAddr,
     request: Option<&PlainRequest>,
 ) -> Explanation {
-    let mut story = Story { view, ipv6: destination.ip().to_canonical().is_ipv6(), steps: Vec::new(), ends: Vec::new() };
+    let mut story = Story {
+        view,
+        ipv6: destination.ip().to_canonical().is_ipv6(),
+        steps: Vec::new(),
+        ends: Vec::new(),
+    };
     match view.workload(source) {
         Some(source) => story.from(source, destination, request),
         None => {
@@ -156,7 +164,11 @@ pub fn explain(
             story.ends.push(Verdict::Refused);
         }
     }
-    Explanation { revision: view.revision().0, verdict: verdict_of(&story.ends), steps: story.steps }
+    Explanation {
+        revision: view.revision().0,
+        verdict: verdict_of(&story.ends),
+        steps: story.steps,
+    }
 }
 
 fn verdict_of(ends: &[Verdict]) -> Verdict {
@@ -177,15 +189,26 @@ struct Story<'a> {
 
 impl Story<'_> {
     fn step(&mut self, stage: &'static str, rule: Option<&str>, outcome: String) {
-        self.steps.push(Step { stage, rule: rule.map(str::to_owned), outcome });
+        self.steps.push(Step {
+            stage,
+            rule: rule.map(str::to_owned),
+            outcome,
+        });
     }
 
     fn from(&mut self, source: &Workload, address: SocketAddr, request: Option<&PlainRequest>) {
         let enrolment = if source.enrolled { "enrolled" } else { "not enrolled" };
-        let words = format!("workload {} is {}, {enrolment}, on node {}", source.name, source.identity, source.node);
+        let words = format!(
+            "workload {} is {}, {enrolment}, on node {}",
+            source.name, source.identity, source.node
+        );
         self.step("source", None, words);
         if !source.enrolled {
-            self.step("source", None, "its connections are not captured: no route or balancing applies".to_owned());
+            self.step(
+                "source",
+                None,
+                "its connections are not captured: no route or balancing applies".to_owned(),
+            );
         }
         match self.view.destination(address) {
             Destination::ServicePort(port) => self.to_service(source, &port, request),
@@ -196,12 +219,20 @@ impl Story<'_> {
                 self.ends.push(end);
             }
             Destination::NoPort(service) => {
-                let words = format!("service {} has no port {}: the connection is refused", service.name, address.port());
+                let words = format!(
+                    "service {} has no port {}: the connection is refused",
+                    service.name,
+                    address.port()
+                );
                 self.step("destination", None, words);
                 self.ends.push(Verdict::Refused);
             }
             Destination::Outside => {
-                self.step("destination", None, format!("{address} is outside the mesh: passed on as it is"));
+                self.step(
+                    "destination",
+                    None,
+                    format!("{address} is outside the mesh: passed on as it is"),
+                );
                 self.ends.push(Verdict::Untouched);
             }
         }
@@ -215,13 +246,21 @@ impl Story<'_> {
         let opaque = matches!(protocol, AppProtocol::Tcp | AppProtocol::Tls);
         let (Some(request), false) = (request, opaque) else {
             if port.routes.is_some() {
-                self.step("route", None, "an opaque flow has no requests: routes do not apply".to_owned());
+                self.step(
+                    "route",
+                    None,
+                    "an opaque flow has no requests: routes do not apply".to_owned(),
+                );
             }
             self.to_backend(source, &port.backend, None);
             return;
         };
         let Some(table) = &port.routes else {
-            self.step("route", None, "the service has no routes: it is its own backend".to_owned());
+            self.step(
+                "route",
+                None,
+                "the service has no routes: it is its own backend".to_owned(),
+            );
             self.to_backend(source, &port.backend, Some(request));
             return;
         };
@@ -239,7 +278,11 @@ impl Story<'_> {
         let backends = match &rule.action {
             RouteAction::Redirect(spec) => {
                 let location = route::redirect_location(spec, request, port.port.port, "http");
-                self.step("route", Some(id), format!("answered with {} to {location}", spec.status));
+                self.step(
+                    "route",
+                    Some(id),
+                    format!("answered with {} to {location}", spec.status),
+                );
                 self.ends.push(Verdict::Answered);
                 return;
             }
@@ -247,7 +290,11 @@ impl Story<'_> {
         };
         let total: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
         if total == 0 {
-            self.step("route", Some(id), "the rule has no backend with a weight: 500".to_owned());
+            self.step(
+                "route",
+                Some(id),
+                "the rule has no backend with a weight: 500".to_owned(),
+            );
             self.ends.push(Verdict::Refused);
             return;
         }
@@ -263,7 +310,11 @@ impl Story<'_> {
                         self.step("route", Some(id), words);
                     }
                     if let Some(timeout) = rule.timeout(&backend.traffic) {
-                        self.step("route", Some(id), format!("at most {timeout:?} until the response ends"));
+                        self.step(
+                            "route",
+                            Some(id),
+                            format!("at most {timeout:?} until the response ends"),
+                        );
                     }
                     self.to_backend(source, backend, Some(&rewritten));
                 }
@@ -279,7 +330,12 @@ impl Story<'_> {
         let endpoints = backend.endpoints(self.ipv6);
         let policies: Vec<&str> = backend.traffic.sources.iter().map(|rule| rule.as_str()).collect();
         let rule = (!policies.is_empty()).then(|| policies.join(", "));
-        let words = format!("{}: {}, {}", backend.key, traffic_words(&backend.traffic), endpoint_words(endpoints));
+        let words = format!(
+            "{}: {}, {}",
+            backend.key,
+            traffic_words(&backend.traffic),
+            endpoint_words(endpoints)
+        );
         self.step("traffic", rule.as_deref(), words);
         if endpoints.is_empty() {
             self.ends.push(Verdict::Refused);
@@ -304,16 +360,28 @@ impl Story<'_> {
         let destination = &endpoint.workload;
         let who = endpoint_name(endpoint);
         if !destination.enrolled {
-            self.step("transport", None, format!("{who} is not enrolled: plaintext, and nothing is decided there"));
+            self.step(
+                "transport",
+                None,
+                format!("{who} is not enrolled: plaintext, and nothing is decided there"),
+            );
             return Verdict::Served;
         }
         let inbound = self.view.inbound(&destination.name, endpoint.address.port());
         let identity = self.transport(source, endpoint, &inbound);
         let Some(address) = source.address(endpoint.address.is_ipv6()) else {
-            self.step("source", None, "the source has no address of the destination's family".to_owned());
+            self.step(
+                "source",
+                None,
+                "the source has no address of the destination's family".to_owned(),
+            );
             return Verdict::Refused;
         };
-        let source = SourceAttributes { identity, address, port: 0 };
+        let source = SourceAttributes {
+            identity,
+            address,
+            port: 0,
+        };
         let opaque = matches!(inbound.protocol, AppProtocol::Tcp | AppProtocol::Tls);
         let request = request.filter(|_| !opaque);
         match decide(&inbound, &source, request) {
@@ -326,8 +394,10 @@ impl Story<'_> {
         }
         for limit in inbound.limits.iter().filter(|_| request.is_some()) {
             let effect = if limit.shadow { "counts only" } else { "429 above it" };
-            let words =
-                format!("{} requests per {:?}, burst {}: {effect}", limit.requests, limit.per, limit.burst);
+            let words = format!(
+                "{} requests per {:?}, burst {}: {effect}",
+                limit.requests, limit.per, limit.burst
+            );
             self.step("limit", Some(limit.id.as_str()), words);
         }
         Verdict::Served
@@ -343,14 +413,18 @@ impl Story<'_> {
         let who = endpoint_name(endpoint);
         let mode = inbound.mtls;
         let (identity, words) = match (source.enrolled, mode) {
-            (true, _) if source.node == endpoint.workload.node => {
-                (Some(&source.identity), format!("{who} is on the same node: one pass, no TLS (mode {mode})"))
-            }
+            (true, _) if source.node == endpoint.workload.node => (
+                Some(&source.identity),
+                format!("{who} is on the same node: one pass, no TLS (mode {mode})"),
+            ),
             (true, MtlsMode::Strict | MtlsMode::Permissive) => {
                 (Some(&source.identity), format!("mutual TLS to {who} (mode {mode})"))
             }
             (true, MtlsMode::Off) => (None, format!("plaintext to {who} (mode {mode})")),
-            (false, _) => (None, format!("plaintext to {who}, since the source is not enrolled (mode {mode})")),
+            (false, _) => (
+                None,
+                format!("plaintext to {who}, since the source is not enrolled (mode {mode})"),
+            ),
         };
         self.step("transport", None, words);
         identity
@@ -379,7 +453,10 @@ fn endpoint_name(endpoint: &Endpoint) -> String {
 
 /// The step without the endpoint's name, to compare those of replicas.
 fn anonymous(step: &Step, endpoint: &Endpoint) -> Step {
-    Step { outcome: step.outcome.replace(&endpoint_name(endpoint), ""), ..step.clone() }
+    Step {
+        outcome: step.outcome.replace(&endpoint_name(endpoint), ""),
+        ..step.clone()
+    }
 }
 
 fn endpoint_words(endpoints: &[Endpoint]) -> Cow<'static, str> {

@@ -171,7 +171,11 @@ pub struct LimitSource<'a> {
 
 impl Default for TimeoutSettings {
     fn default() -> TimeoutSettings {
-        TimeoutSettings { request: None, connect: CONNECT_TIMEOUT_DEFAULT, idle: None }
+        TimeoutSettings {
+            request: None,
+            connect: CONNECT_TIMEOUT_DEFAULT,
+            idle: None,
+        }
     }
 }
 

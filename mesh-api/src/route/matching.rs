@@ -48,7 +48,11 @@ impl RuleSet {
     pub(super) fn new(entries: Vec<TableEntry>) -> RuleSet {
         let mut set = RuleSet::default();
         for entry in entries {
-            let matches = if entry.matches.is_empty() { vec![HttpRouteMatch::default()] } else { entry.matches };
+            let matches = if entry.matches.is_empty() {
+                vec![HttpRouteMatch::default()]
+            } else {
+                entry.matches
+            };
             for (match_index, one) in matches.into_iter().enumerate() {
                 let order = Order {
                     without_method: one.method.is_none(),
@@ -61,8 +65,12 @@ impl RuleSet {
                 set.insert(one, order, &entry.rule);
             }
         }
-        set.exact.values_mut().for_each(|c| c.sort_by(|a, b| a.order.cmp(&b.order)));
-        set.prefix.values_mut().for_each(|c| c.sort_by(|a, b| a.order.cmp(&b.order)));
+        set.exact
+            .values_mut()
+            .for_each(|c| c.sort_by(|a, b| a.order.cmp(&b.order)));
+        set.prefix
+            .values_mut()
+            .for_each(|c| c.sort_by(|a, b| a.order.cmp(&b.order)));
         set.regex.sort_by(|(regex_a, a), (regex_b, b)| {
             let longer_first = regex_b.as_str().len().cmp(&regex_a.as_str().len());
             longer_first.then_with(|| a.order.cmp(&b.order))
@@ -82,12 +90,20 @@ impl RuleSet {
                 redirect.matched_prefix = prefix;
             }
         }
-        let candidate =
-            Candidate { method: one.method, headers: one.headers, query: one.query_params, order, rule: Arc::new(rule) };
+        let candidate = Candidate {
+            method: one.method,
+            headers: one.headers,
+            query: one.query_params,
+            order,
+            rule: Arc::new(rule),
+        };
         match one.path {
             PathMatch::Exact(path) => self.exact.entry(path.into()).or_default().push(candidate),
             PathMatch::PathPrefix(prefix) => {
-                self.prefix.entry(without_trailing_slash(&prefix).into()).or_default().push(candidate);
+                self.prefix
+                    .entry(without_trailing_slash(&prefix).into())
+                    .or_default()
+                    .push(candidate);
             }
             PathMatch::RegularExpression(regex) => self.regex.push((regex, candidate)),
         }
@@ -163,14 +179,16 @@ pub fn path_matches(wanted: &PathMatch, path: &str) -> bool {
     }
 }
 
-fn values_hold(
-    headers: &[HeaderMatch],
-    params: &[HeaderMatch],
-    request: &dyn Request,
-    query: &mut Query<'_>,
-) -> bool {
-    headers.iter().all(|wanted| request.header(&wanted.name).is_some_and(|value| wanted.value.matches(value)))
-        && params.iter().all(|wanted| query.first(&wanted.name).is_some_and(|value| wanted.value.matches(value)))
+fn values_hold(headers: &[HeaderMatch], params: &[HeaderMatch], request: &dyn Request, query: &mut Query<'_>) -> bool {
+    headers.iter().all(|wanted| {
+        request
+            .header(&wanted.name)
+            .is_some_and(|value| wanted.value.matches(value))
+    }) && params.iter().all(|wanted| {
+        query
+            .first(&wanted.name)
+            .is_some_and(|value| wanted.value.matches(value))
+    })
 }
 
 /// A request's query, taken apart when a match first asks for it.
@@ -181,7 +199,10 @@ struct Query<'a> {
 
 impl<'a> Query<'a> {
     fn of(request: &'a dyn Request) -> Query<'a> {
-        Query { text: request.query().unwrap_or_default(), pairs: None }
+        Query {
+            text: request.query().unwrap_or_default(),
+            pairs: None,
+        }
     }
 
     /// The first value of that name; a parameter without `=` has the empty value.
@@ -224,16 +245,31 @@ pub(crate) fn percent_decode(text: &[u8]) -> Vec<u8> {
 }
 
 fn hex_value(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+    char::from(digit)
+        .to_digit(16)
+        .and_then(|value| u8::try_from(value).ok())
 }
 
 impl fmt::Debug for RuleSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ids = |c: &[Candidate]| c.iter().map(|c| c.rule.id.to_string()).collect::<Vec<_>>();
         f.debug_struct("RuleSet")
-            .field("exact", &self.exact.iter().map(|(p, c)| (p, ids(c))).collect::<Vec<_>>())
-            .field("regex", &self.regex.iter().map(|(r, c)| (r.as_str(), &c.rule.id)).collect::<Vec<_>>())
-            .field("prefix", &self.prefix.iter().map(|(p, c)| (p, ids(c))).collect::<Vec<_>>())
+            .field(
+                "exact",
+                &self.exact.iter().map(|(p, c)| (p, ids(c))).collect::<Vec<_>>(),
+            )
+            .field(
+                "regex",
+                &self
+                    .regex
+                    .iter()
+                    .map(|(r, c)| (r.as_str(), &c.rule.id))
+                    .collect::<Vec<_>>(),
+            )
+            .field(
+                "prefix",
+                &self.prefix.iter().map(|(p, c)| (p, ids(c))).collect::<Vec<_>>(),
+            )
             .finish()
     }
 }

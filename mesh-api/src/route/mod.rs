@@ -202,7 +202,10 @@ impl RouteTable {
     ) -> RouteTable {
         let producers = if producers.is_empty() {
             vec![TableEntry {
-                age: RouteAge { created: 0, name: ObjectName::new("", "") },
+                age: RouteAge {
+                    created: 0,
+                    name: ObjectName::new("", ""),
+                },
                 rule_index: 0,
                 matches: Vec::new(),
                 rule: unrouted,
@@ -212,7 +215,10 @@ impl RouteTable {
         };
         RouteTable {
             producers: RuleSet::new(producers),
-            consumers: consumers.into_iter().map(|(ns, entries)| (ns, RuleSet::new(entries))).collect(),
+            consumers: consumers
+                .into_iter()
+                .map(|(ns, entries)| (ns, RuleSet::new(entries)))
+                .collect(),
         }
     }
 }

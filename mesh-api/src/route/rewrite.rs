@@ -18,10 +18,15 @@ pub fn rewrite_path<'a>(rewrite: &'a Rewrite, matched_prefix: &str, path: &'a st
 
 /// The Location of a redirect: `port` and `scheme` are those that the request came with. The query stays.
 pub fn redirect_location(spec: &RedirectSpec, request: &dyn Request, port: u16, scheme: &str) -> String {
-    let host = spec.hostname.as_deref().unwrap_or_else(|| host_of(request.authority().unwrap_or_default()));
+    let host = spec
+        .hostname
+        .as_deref()
+        .unwrap_or_else(|| host_of(request.authority().unwrap_or_default()));
     let location_scheme = spec.scheme.as_deref().unwrap_or(scheme);
     let well_known = well_known_port(location_scheme);
-    let location_port = spec.port.or(if spec.scheme.is_some() { well_known } else { Some(port) });
+    let location_port = spec
+        .port
+        .or(if spec.scheme.is_some() { well_known } else { Some(port) });
     let mut location = String::with_capacity(64);
     encode(&mut location, location_scheme);
     location.push_str("://");
@@ -50,7 +55,9 @@ fn modify<'a>(modifier: &'a PathModifier, matched_prefix: &str, path: &'a str) -
     match modifier {
         PathModifier::ReplaceFullPath(full) => encoded(Cow::Borrowed(full)),
         PathModifier::ReplacePrefixMatch(replacement) => {
-            let rest = path.strip_prefix(without_trailing_slash(matched_prefix)).unwrap_or(path);
+            let rest = path
+                .strip_prefix(without_trailing_slash(matched_prefix))
+                .unwrap_or(path);
             let replacement = without_trailing_slash(replacement);
             // The rest is empty or starts with a slash: a prefix ends where a path element does.
             let joined = match (replacement, rest) {

@@ -69,8 +69,16 @@ impl<'a> Targets<'a> {
                 let key = (namespace.as_str(), name.as_str());
                 self.services.entry(key).or_default().push((port.as_ref(), policy));
             }
-            TargetRef::Workloads { namespace, labels, port } => {
-                let selector = Selector { labels, port: port.as_ref(), policy };
+            TargetRef::Workloads {
+                namespace,
+                labels,
+                port,
+            } => {
+                let selector = Selector {
+                    labels,
+                    port: port.as_ref(),
+                    policy,
+                };
                 self.workloads.entry(namespace).or_default().push(selector);
             }
         }
@@ -82,22 +90,36 @@ impl<'a> Targets<'a> {
         let mut applied = self.of_namespace(namespace);
         for one in served {
             let name = &one.service.name;
-            for (port, policy) in self.services.get(&(&*name.namespace, &*name.name)).into_iter().flatten() {
+            for (port, policy) in self
+                .services
+                .get(&(&*name.namespace, &*name.name))
+                .into_iter()
+                .flatten()
+            {
                 let level = match port {
                     None => Level::Target,
                     Some(port) if port.is(&one.port.name, one.port.port) => Level::TargetPort,
                     Some(_) => continue,
                 };
-                applied.push(Applied { policy: *policy, level, port: Some(one.target) });
+                applied.push(Applied {
+                    policy: *policy,
+                    level,
+                    port: Some(one.target),
+                });
             }
         }
         for selector in self.workloads.get(namespace).into_iter().flatten() {
-            let has = |(key, value): (&String, &String)| workload.labels.get(key.as_str()).is_some_and(|v| **v == **value);
+            let has =
+                |(key, value): (&String, &String)| workload.labels.get(key.as_str()).is_some_and(|v| **v == **value);
             if !selector.labels.iter().all(has) {
                 continue;
             }
             match selector.port {
-                None => applied.push(Applied { policy: selector.policy, level: Level::Target, port: None }),
+                None => applied.push(Applied {
+                    policy: selector.policy,
+                    level: Level::Target,
+                    port: None,
+                }),
                 Some(port) => applied.extend(port_numbers(workload, port).map(|number| Applied {
                     policy: selector.policy,
                     level: Level::TargetPort,
@@ -120,7 +142,11 @@ impl<'a> Targets<'a> {
                 Some(wanted) if wanted.is(&port.name, port.port) => Level::TargetPort,
                 Some(_) => continue,
             };
-            applied.push(Applied { policy: *policy, level, port: None });
+            applied.push(Applied {
+                policy: *policy,
+                level,
+                port: None,
+            });
         }
         // The sort is stable and policies are in order of their names, so equals stay so.
         applied.sort_by_key(|one| (std::cmp::Reverse(one.level), one.policy));
@@ -134,9 +160,19 @@ impl<'a> Targets<'a> {
     }
 
     fn of_namespace(&self, namespace: &str) -> Vec<Applied> {
-        let at = |level: Level| move |&policy: &usize| Applied { policy, level, port: None };
+        let at = |level: Level| {
+            move |&policy: &usize| Applied {
+                policy,
+                level,
+                port: None,
+            }
+        };
         let in_namespace = self.namespaces.get(namespace).into_iter().flatten();
-        self.mesh.iter().map(at(Level::Mesh)).chain(in_namespace.map(at(Level::Namespace))).collect()
+        self.mesh
+            .iter()
+            .map(at(Level::Mesh))
+            .chain(in_namespace.map(at(Level::Namespace)))
+            .collect()
     }
 }
 
@@ -146,6 +182,9 @@ fn port_numbers(workload: &Workload, port: &PortRef) -> impl Iterator<Item = u16
         PortRef::Number(number) => Some(*number),
         PortRef::Name(_) => None,
     };
-    let by_name = workload.ports.iter().filter(|p| matches!(port, PortRef::Name(name) if **name == *p.name));
+    let by_name = workload
+        .ports
+        .iter()
+        .filter(|p| matches!(port, PortRef::Name(name) if **name == *p.name));
     by_number.into_iter().chain(by_name.map(|p| p.port))
 }

@@ -88,14 +88,35 @@ pub(super) fn compile(trust_domain: TrustDomain, revision: Revision, resources: 
 impl<'a> Policies<'a> {
     fn push(&mut self, document: &'a Document) {
         let meta = document.meta();
-        let name = ObjectName { namespace: meta.namespace.clone(), name: meta.name.clone() };
+        let name = ObjectName {
+            namespace: meta.namespace.clone(),
+            name: meta.name.clone(),
+        };
         match document {
-            Document::MeshPolicy(object) => self.mesh.push(Named { name, spec: &object.spec }),
-            Document::TrafficPolicy(object) => self.traffic.push(Named { name, spec: &object.spec }),
-            Document::AccessPolicy(object) => self.access.push(Named { name, spec: &object.spec }),
-            Document::RateLimit(object) => self.limits.push(Named { name, spec: &object.spec }),
-            Document::HttpRoute(object) => self.routes.push(Named { name, spec: &object.spec }),
-            Document::ServiceSubset(object) => self.subsets.push(Named { name, spec: &object.spec }),
+            Document::MeshPolicy(object) => self.mesh.push(Named {
+                name,
+                spec: &object.spec,
+            }),
+            Document::TrafficPolicy(object) => self.traffic.push(Named {
+                name,
+                spec: &object.spec,
+            }),
+            Document::AccessPolicy(object) => self.access.push(Named {
+                name,
+                spec: &object.spec,
+            }),
+            Document::RateLimit(object) => self.limits.push(Named {
+                name,
+                spec: &object.spec,
+            }),
+            Document::HttpRoute(object) => self.routes.push(Named {
+                name,
+                spec: &object.spec,
+            }),
+            Document::ServiceSubset(object) => self.subsets.push(Named {
+                name,
+                spec: &object.spec,
+            }),
             // Workloads and services come as such.
             Document::Namespace(_)
             | Document::Node(_)
@@ -112,15 +133,24 @@ fn members_of(services: &[Arc<Service>], workloads: &[Arc<Workload>]) -> Vec<Vec
     let mut by_label: HashMap<(&str, &str, &str), Vec<&Arc<Workload>>> = HashMap::new();
     for workload in workloads {
         for (key, value) in &workload.labels {
-            by_label.entry((&workload.name.namespace, key, value)).or_default().push(workload);
+            by_label
+                .entry((&workload.name.namespace, key, value))
+                .or_default()
+                .push(workload);
         }
     }
     let members = |service: &Arc<Service>| {
         let namespace = &*service.name.namespace;
-        let lists = service.selector.iter().map(|(key, value)| by_label.get(&(namespace, &**key, &**value)));
+        let lists = service
+            .selector
+            .iter()
+            .map(|(key, value)| by_label.get(&(namespace, &**key, &**value)));
         let rarest = lists.min_by_key(|list| list.map_or(0, Vec::len));
         let candidates = rarest.flatten().into_iter().flatten();
-        candidates.filter(|workload| service.selects(workload)).map(|workload| Arc::clone(workload)).collect()
+        candidates
+            .filter(|workload| service.selects(workload))
+            .map(|workload| Arc::clone(workload))
+            .collect()
     };
     services.iter().map(members).collect()
 }
@@ -128,7 +158,10 @@ fn members_of(services: &[Arc<Service>], workloads: &[Arc<Workload>]) -> Vec<Vec
 fn compile_backends(services: &[Arc<Service>], members: &[Vec<Arc<Workload>>], policies: &Policies<'_>) -> Backends {
     let mut subsets: HashMap<(&str, &str), Vec<&Named<'_, ServiceSubset>>> = HashMap::new();
     for subset in &policies.subsets {
-        subsets.entry((&subset.name.namespace, &subset.spec.service)).or_default().push(subset);
+        subsets
+            .entry((&subset.name.namespace, &subset.spec.service))
+            .or_default()
+            .push(subset);
     }
     let mut traffic = TrafficCompiler::new(&policies.traffic);
     let mut backends = Backends::new();
@@ -171,12 +204,17 @@ fn has_label(workload: &Workload, key: &str, value: &str) -> bool {
 }
 
 fn endpoints(service: &Service, port: &ServicePort, members: &[&Arc<Workload>], ipv6: bool) -> Vec<Endpoint> {
-    let serving = members.iter().filter(|workload| workload.ready || service.publish_not_ready);
+    let serving = members
+        .iter()
+        .filter(|workload| workload.ready || service.publish_not_ready);
     serving
         .filter_map(|workload| {
             let ip = workload.address(ipv6)?;
             let target = workload.target_port(&port.target)?;
-            Some(Endpoint { workload: Arc::clone(workload), address: SocketAddr::new(ip, target) })
+            Some(Endpoint {
+                workload: Arc::clone(workload),
+                address: SocketAddr::new(ip, target),
+            })
         })
         .collect()
 }
@@ -214,19 +252,29 @@ fn index_workload(view: &mut View, workload: Arc<Workload>) {
         // Two workloads may claim an address while one replaces the other: the enrolled one has it, then the ready
         // one, then the first by name.
         let rank = |workload: &Workload| (workload.enrolled, workload.ready);
-        let held = view.workloads_by_address.get(&address).is_some_and(|holder| rank(holder) >= rank(&workload));
+        let held = view
+            .workloads_by_address
+            .get(&address)
+            .is_some_and(|holder| rank(holder) >= rank(&workload));
         if !held {
             view.workloads_by_address.insert(address, workload.clone());
         }
     }
-    view.workloads_by_node.entry(workload.node.clone()).or_default().push(workload.clone());
+    view.workloads_by_node
+        .entry(workload.node.clone())
+        .or_default()
+        .push(workload.clone());
     view.workloads.insert(workload.name.clone(), workload);
 }
 
 fn index_service(view: &mut View, service: Arc<Service>, backends: &Backends, tables: &routes::Tables) {
     let mut ports = Vec::with_capacity(service.ports.len());
     for port in &service.ports {
-        let key = BackendKey { service: service.name.clone(), port: port.port, subset: None };
+        let key = BackendKey {
+            service: service.name.clone(),
+            port: port.port,
+            subset: None,
+        };
         let Some(backend) = backends.get(&key) else {
             continue;
         };
@@ -238,12 +286,16 @@ fn index_service(view: &mut View, service: Arc<Service>, backends: &Backends, ta
         });
         for address in &service.addresses {
             let address = SocketAddr::new(address.to_canonical(), port.port);
-            view.ports_by_address.entry(address).or_insert_with(|| port_view.clone());
+            view.ports_by_address
+                .entry(address)
+                .or_insert_with(|| port_view.clone());
         }
         ports.push(port_view);
     }
     for address in &service.addresses {
-        view.services_by_address.entry(address.to_canonical()).or_insert_with(|| service.clone());
+        view.services_by_address
+            .entry(address.to_canonical())
+            .or_insert_with(|| service.clone());
     }
     let name = service.name.clone();
     view.services.insert(name, Arc::new(ServiceView { service, ports }));

@@ -81,10 +81,17 @@ impl<'a> InboundCompiler<'a> {
         let limits = self.limit_targets.of_workload(workload, served);
         let mut ports: BTreeSet<u16> = served.iter().map(|one| one.target).collect();
         ports.extend(workload.ports.iter().map(|port| port.port));
-        ports.extend([&mesh, &access, &limits].into_iter().flatten().filter_map(|one| one.port));
-        ports.extend(mesh.iter().filter_map(|one| self.mesh.get(one.policy)).flat_map(|policy| {
-            policy.spec.mtls.iter().flat_map(|mtls| mtls.ports.keys().copied())
-        }));
+        ports.extend(
+            [&mesh, &access, &limits]
+                .into_iter()
+                .flatten()
+                .filter_map(|one| one.port),
+        );
+        ports.extend(
+            mesh.iter()
+                .filter_map(|one| self.mesh.get(one.policy))
+                .flat_map(|policy| policy.spec.mtls.iter().flat_map(|mtls| mtls.ports.keys().copied())),
+        );
         let mut at = |port: Option<u16>| InboundPolicy {
             port: port.unwrap_or_default(),
             mtls: mtls_mode(self.mesh, &mesh, port),
@@ -93,7 +100,10 @@ impl<'a> InboundCompiler<'a> {
             protocol: protocol(workload, served, port),
             services: self.services(served, port),
         };
-        InboundSet { ports: ports.into_iter().map(|port| at(Some(port))).collect(), elsewhere: at(None) }
+        InboundSet {
+            ports: ports.into_iter().map(|port| at(Some(port))).collect(),
+            elsewhere: at(None),
+        }
     }
 
     fn access_rules(&mut self, policies: &[usize]) -> Arc<AccessRules> {
@@ -119,20 +129,29 @@ impl<'a> InboundCompiler<'a> {
         if let Some(shared) = self.shared_limits.get(policies) {
             return shared.clone();
         }
-        let limits: Arc<[LimitSettings]> =
-            policies.iter().filter_map(|&index| self.limits.get(index)).flatten().cloned().collect();
+        let limits: Arc<[LimitSettings]> = policies
+            .iter()
+            .filter_map(|&index| self.limits.get(index))
+            .flatten()
+            .cloned()
+            .collect();
         self.shared_limits.insert(policies.to_vec(), limits.clone());
         limits
     }
 
     /// The services whose port leads to this one, each once.
     fn services(&mut self, served: &[Served<'_>], port: Option<u16>) -> Arc<[Arc<Service>]> {
-        let mut services: Vec<&Arc<Service>> =
-            served.iter().filter(|one| Some(one.target) == port).map(|one| one.service).collect();
+        let mut services: Vec<&Arc<Service>> = served
+            .iter()
+            .filter(|one| Some(one.target) == port)
+            .map(|one| one.service)
+            .collect();
         services.dedup_by(|a, b| Arc::ptr_eq(a, b));
         let key: Vec<*const Service> = services.iter().map(|service| Arc::as_ptr(service)).collect();
         let shared = self.shared_services.entry(key);
-        shared.or_insert_with(|| services.into_iter().cloned().collect()).clone()
+        shared
+            .or_insert_with(|| services.into_iter().cloned().collect())
+            .clone()
     }
 }
 
@@ -140,7 +159,10 @@ fn compile_access(policy: &Named<'_, AccessPolicy>) -> CompiledAccess {
     let id = format!("accesspolicy/{}", policy.name);
     let name_rule = |(index, rule): (usize, &AccessRule)| {
         let name = rule.name.clone().unwrap_or_else(|| index.to_string());
-        NamedRule { id: RuleId::new(&format!("{id}/{name}")), rule: Arc::new(rule.clone()) }
+        NamedRule {
+            id: RuleId::new(&format!("{id}/{name}")),
+            rule: Arc::new(rule.clone()),
+        }
     };
     CompiledAccess {
         action: policy.spec.action,
@@ -150,13 +172,22 @@ fn compile_access(policy: &Named<'_, AccessPolicy>) -> CompiledAccess {
 }
 
 fn compile_limits(policy: &Named<'_, RateLimit>) -> Vec<LimitSettings> {
-    policy.spec.limits.iter().enumerate().map(|(index, limit)| limit_settings(&policy.name, index, limit)).collect()
+    policy
+        .spec
+        .limits
+        .iter()
+        .enumerate()
+        .map(|(index, limit)| limit_settings(&policy.name, index, limit))
+        .collect()
 }
 
 /// The policies that hold at a port, each once, in order.
 fn policies_at(applied: &[Applied], port: Option<u16>) -> Vec<usize> {
-    let mut policies: Vec<usize> =
-        applied.iter().filter(|one| one.port.is_none() || one.port == port).map(|one| one.policy).collect();
+    let mut policies: Vec<usize> = applied
+        .iter()
+        .filter(|one| one.port.is_none() || one.port == port)
+        .map(|one| one.policy)
+        .collect();
     policies.sort_unstable();
     policies.dedup();
     policies
@@ -176,7 +207,9 @@ fn mtls_mode(policies: &[Named<'_, MeshPolicy>], applied: &[Applied], port: Opti
             let policies = applied.iter().filter(holds).filter_map(|one| policies.get(one.policy));
             policies.filter_map(|policy| policy.spec.mtls.as_ref())
         };
-        let on_port = here().filter_map(|mtls| mtls.ports.get(&port?).copied()).max_by_key(strictness);
+        let on_port = here()
+            .filter_map(|mtls| mtls.ports.get(&port?).copied())
+            .max_by_key(strictness);
         let on_all = || here().filter_map(|mtls| mtls.mode).max_by_key(strictness);
         if let Some(mode) = on_port.or_else(on_all) {
             return mode;
@@ -187,7 +220,17 @@ fn mtls_mode(policies: &[Named<'_, MeshPolicy>], applied: &[Applied], port: Opti
 
 /// What the port speaks: as a service says, else as the workload does.
 fn protocol(workload: &Workload, served: &[Served<'_>], port: Option<u16>) -> AppProtocol {
-    let by_service = served.iter().filter(|one| Some(one.target) == port).map(|one| one.port.protocol);
-    let by_workload = workload.ports.iter().filter(|one| Some(one.port) == port).map(|one| one.protocol);
-    by_service.chain(by_workload).find(|protocol| *protocol != AppProtocol::Detect).unwrap_or_default()
+    let by_service = served
+        .iter()
+        .filter(|one| Some(one.target) == port)
+        .map(|one| one.port.protocol);
+    let by_workload = workload
+        .ports
+        .iter()
+        .filter(|one| Some(one.port) == port)
+        .map(|one| one.protocol);
+    by_service
+        .chain(by_workload)
+        .find(|protocol| *protocol != AppProtocol::Detect)
+        .unwrap_or_default()
 }

@@ -24,10 +24,6 @@ use std::{
 };
 
 use self::inbound::InboundSet;
-pub use crate::{
-    authz::InboundPolicy,
-    backend::{Backend, BackendKey},
-};
 use crate::{
     authz::AccessRules,
     document::Resource,
@@ -35,6 +31,10 @@ use crate::{
     policy::MtlsMode,
     route::RouteTable,
     workload::{AppProtocol, Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
+};
+pub use crate::{
+    authz::InboundPolicy,
+    backend::{Backend, BackendKey},
 };
 
 /// One revision of what the mesh knows.
@@ -125,7 +125,11 @@ impl View {
 
     /// The workloads of a node, ordered by name.
     pub fn workloads_on(&self, node: &str) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
-        self.workloads_by_node.get(node).map(Vec::as_slice).unwrap_or_default().iter()
+        self.workloads_by_node
+            .get(node)
+            .map(Vec::as_slice)
+            .unwrap_or_default()
+            .iter()
     }
 
     /// The service of that name.
@@ -145,7 +149,10 @@ impl View {
         if let Some(port) = self.ports_by_address.get(&address) {
             Destination::ServicePort(port.clone())
         } else if let Some(workload) = self.workloads_by_address.get(&ip) {
-            Destination::Workload(Endpoint { workload: workload.clone(), address })
+            Destination::Workload(Endpoint {
+                workload: workload.clone(),
+                address,
+            })
         } else if let Some(service) = self.services_by_address.get(&ip) {
             Destination::NoPort(service.clone())
         } else {

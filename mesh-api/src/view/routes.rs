@@ -35,11 +35,15 @@ struct Known<'a> {
 }
 
 pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backends: &Backends) -> Tables {
-    let by_name = services.iter().map(|service| ((&*service.name.namespace, &*service.name.name), service));
+    let by_name = services
+        .iter()
+        .map(|service| ((&*service.name.namespace, &*service.name.name), service));
     let subsets = policies.subsets.iter();
     let known = Known {
         services: by_name.collect(),
-        subsets: subsets.map(|s| ((&*s.name.namespace, &*s.name.name), s.spec.service.as_str())).collect(),
+        subsets: subsets
+            .map(|s| ((&*s.name.namespace, &*s.name.name), s.spec.service.as_str()))
+            .collect(),
         backends,
     };
     let mut entries: HashMap<BackendKey, Entries> = HashMap::new();
@@ -58,7 +62,10 @@ pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backen
     let build = |(key, entries): (BackendKey, Entries)| {
         let backend = backends.get(&key)?.clone();
         let unrouted = RouteRule::to_backend(RuleId::new(&format!("service/{}", key.service)), backend);
-        Some((key, Arc::new(RouteTable::new(entries.producers, entries.consumers, unrouted))))
+        Some((
+            key,
+            Arc::new(RouteTable::new(entries.producers, entries.consumers, unrouted)),
+        ))
     };
     entries.into_iter().filter_map(build).collect()
 }
@@ -72,7 +79,11 @@ fn attached_to(route: &Named<'_, HttpRoute>, known: &Known<'_>) -> Vec<(BackendK
             continue;
         };
         for port in service.ports.iter().filter(|port| parent_means(parent, port)) {
-            let key = BackendKey { service: service.name.clone(), port: port.port, subset: None };
+            let key = BackendKey {
+                service: service.name.clone(),
+                port: port.port,
+                subset: None,
+            };
             if !attached.iter().any(|(other, _)| *other == key) {
                 attached.push((key, *service.name.namespace != *route.name.namespace));
             }
@@ -89,7 +100,10 @@ fn parent_means(parent: &ParentRef, port: &ServicePort) -> bool {
 fn compile_route(route: &Named<'_, HttpRoute>, known: &Known<'_>) -> Vec<TableEntry> {
     let compile_rule = |(rule_index, rule): (usize, &HttpRouteRule)| TableEntry {
         // Documents carry no time of creation yet, so that all routes are of one age and their names decide.
-        age: RouteAge { created: 0, name: route.name.clone() },
+        age: RouteAge {
+            created: 0,
+            name: route.name.clone(),
+        },
         rule_index,
         matches: rule.matches.clone(),
         rule: compile_rule(&route.name, rule_index, rule, known),
@@ -102,7 +116,12 @@ fn compile_rule(route: &ObjectName, index: usize, rule: &HttpRouteRule, known: &
     let edits = Edits::of(&rule.filters);
     let action = match edits.redirect {
         Some(redirect) => RouteAction::Redirect(redirect),
-        None => RouteAction::Forward(rule.backend_refs.iter().map(|b| weighted(&route.namespace, b, known)).collect()),
+        None => RouteAction::Forward(
+            rule.backend_refs
+                .iter()
+                .map(|b| weighted(&route.namespace, b, known))
+                .collect(),
+        ),
     };
     RouteRule {
         id: RuleId::new(&format!("httproute/{route}/{name}")),
@@ -132,7 +151,10 @@ fn find_backend(
     wanted: &BackendRef,
     known: &Known<'_>,
 ) -> Result<Arc<super::Backend>, BadBackend> {
-    let name = ObjectName { namespace: namespace.clone(), name: wanted.name.as_str().into() };
+    let name = ObjectName {
+        namespace: namespace.clone(),
+        name: wanted.name.as_str().into(),
+    };
     let (service, subset) = match wanted.kind {
         BackendKind::Service => (wanted.name.as_str(), None),
         BackendKind::ServiceSubset => match known.subsets.get(&(&**namespace, wanted.name.as_str())) {
@@ -140,11 +162,26 @@ fn find_backend(
             None => return Err(BadBackend::NoSubset(name)),
         },
     };
-    let Some(service) = known.services.get(&(&**namespace, service)).map(|service| service.name.clone()) else {
-        return Err(if subset.is_none() { BadBackend::NoService(name) } else { BadBackend::NoSubset(name) });
+    let Some(service) = known
+        .services
+        .get(&(&**namespace, service))
+        .map(|service| service.name.clone())
+    else {
+        return Err(if subset.is_none() {
+            BadBackend::NoService(name)
+        } else {
+            BadBackend::NoSubset(name)
+        });
     };
-    let key = BackendKey { service: service.clone(), port: wanted.port, subset };
-    known.backends.get(&key).cloned().ok_or(BadBackend::NoPort { service, port: wanted.port })
+    let key = BackendKey {
+        service: service.clone(),
+        port: wanted.port,
+        subset,
+    };
+    known.backends.get(&key).cloned().ok_or(BadBackend::NoPort {
+        service,
+        port: wanted.port,
+    })
 }
 
 /// The filters of a rule or backend, each kind at most once.

@@ -27,7 +27,11 @@ pub(super) struct TrafficCompiler<'a> {
 impl<'a> TrafficCompiler<'a> {
     pub fn new(policies: &'a [Named<'a, TrafficPolicy>]) -> TrafficCompiler<'a> {
         let targets = Targets::new(policies.iter().map(|policy| &*policy.spec.target_refs));
-        TrafficCompiler { policies, targets, shared: HashMap::new() }
+        TrafficCompiler {
+            policies,
+            targets,
+            shared: HashMap::new(),
+        }
     }
 
     /// What holds for sending to a service's port.
@@ -53,13 +57,26 @@ fn merge(policies: &[&Named<'_, TrafficPolicy>]) -> TrafficSettings {
             .map(|balancer| algorithm(balancer.algorithm))
             .unwrap_or_default(),
         timeouts: TimeoutSettings {
-            request: timeouts().find_map(|t| t.request).map(|t| t.as_std()).filter(|t| !t.is_zero()),
-            connect: timeouts().find_map(|t| t.connect).map_or(CONNECT_TIMEOUT_DEFAULT, |t| t.as_std()),
-            idle: timeouts().find_map(|t| t.idle).map(|t| t.as_std()).filter(|t| !t.is_zero()),
+            request: timeouts()
+                .find_map(|t| t.request)
+                .map(|t| t.as_std())
+                .filter(|t| !t.is_zero()),
+            connect: timeouts()
+                .find_map(|t| t.connect)
+                .map_or(CONNECT_TIMEOUT_DEFAULT, |t| t.as_std()),
+            idle: timeouts()
+                .find_map(|t| t.idle)
+                .map(|t| t.as_std())
+                .filter(|t| !t.is_zero()),
         },
         retry: specs().find_map(|spec| spec.retry.as_ref()).map(retry_settings),
-        breaker: specs().find_map(|spec| spec.circuit_breaker.as_ref()).map(breaker_settings),
-        sources: policies.iter().map(|policy| RuleId::new(&format!("trafficpolicy/{}", policy.name))).collect(),
+        breaker: specs()
+            .find_map(|spec| spec.circuit_breaker.as_ref())
+            .map(breaker_settings),
+        sources: policies
+            .iter()
+            .map(|policy| RuleId::new(&format!("trafficpolicy/{}", policy.name)))
+            .collect(),
     }
 }
 
@@ -75,7 +92,10 @@ fn retry_settings(retry: &RetryPolicy) -> RetrySettings {
     RetrySettings {
         attempts: retry.attempts,
         on: retry.on.iter().map(|condition| retry_on(*condition)).collect(),
-        budget_percent: retry.budget.as_ref().map_or(RETRY_BUDGET_PERCENT_DEFAULT, |budget| budget.percent),
+        budget_percent: retry
+            .budget
+            .as_ref()
+            .map_or(RETRY_BUDGET_PERCENT_DEFAULT, |budget| budget.percent),
         per_try_timeout: retry.per_try_timeout.map(|t| t.as_std()).filter(|t| !t.is_zero()),
         backoff: None,
     }
@@ -97,7 +117,10 @@ pub(super) fn route_retry_settings(retry: &HttpRouteRetry) -> RetrySettings {
     let codes = retry.codes.iter().map(|code| RetryOn::Status(*code));
     RetrySettings {
         attempts: retry.attempts.unwrap_or(1),
-        on: [RetryOn::ConnectFailure, RetryOn::RefusedStream].into_iter().chain(codes).collect(),
+        on: [RetryOn::ConnectFailure, RetryOn::RefusedStream]
+            .into_iter()
+            .chain(codes)
+            .collect(),
         budget_percent: RETRY_BUDGET_PERCENT_DEFAULT,
         per_try_timeout: None,
         backoff: retry.backoff.map(|t| t.as_std()),
@@ -123,8 +146,15 @@ fn breaker_settings(breaker: &CircuitBreaker) -> BreakerSettings {
 /// One limit of a RateLimit.
 pub(super) fn limit_settings(policy: &ObjectName, index: usize, limit: &Limit) -> LimitSettings {
     // Taken apart so that a new field or algorithm cannot be forgotten here.
-    let Limit { name, key, algorithm: LimitAlgorithm::TokenBucket, rate, burst, scope: LimitScope::Local, shadow } =
-        limit;
+    let Limit {
+        name,
+        key,
+        algorithm: LimitAlgorithm::TokenBucket,
+        rate,
+        burst,
+        scope: LimitScope::Local,
+        shadow,
+    } = limit;
     let name = name.clone().unwrap_or_else(|| index.to_string());
     LimitSettings {
         id: RuleId::new(&format!("ratelimit/{policy}/{name}")),
