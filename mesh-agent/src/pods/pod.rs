@@ -17,7 +17,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpSocket;
 
 use super::Netns;
-use crate::kernel::NetnsCookie;
+use crate::{
+    kernel::NetnsCookie,
+    net::{NetnsId, SocketSource},
+};
 
 /// A pod of this node. Lives as long as a connection of it does; keeps the network namespace open.
 #[derive(Debug)]
@@ -84,5 +87,15 @@ impl Pod {
     /// Takes what is newly known; name and identity are the same.
     pub(super) fn update(&self, workload: Arc<Workload>) {
         self.workload.store(workload);
+    }
+}
+
+impl SocketSource for Pod {
+    fn socket(&self, ipv6: bool) -> io::Result<TcpSocket> {
+        Pod::socket(self, ipv6)
+    }
+
+    fn netns(&self) -> NetnsId {
+        NetnsId(self.cookie().0)
     }
 }
