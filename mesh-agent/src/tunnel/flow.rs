@@ -86,6 +86,8 @@ struct Inner {
     writing: Writing,
     preface: Option<[u8; PREFACE_BYTES]>,
     reused: bool,
+    /// The destination has sent nothing yet, so the source does not know that the flow was taken.
+    unconfirmed: bool,
 }
 
 impl FlowStream {
@@ -106,7 +108,15 @@ impl FlowStream {
         preface: Option<[u8; PREFACE_BYTES]>,
         reused: bool,
     ) -> FlowStream {
-        let inner = Inner { tls: Some(tls), origin: Some(origin), reader, writing: Writing::Open, preface, reused };
+        let inner = Inner {
+            tls: Some(tls),
+            unconfirmed: matches!(origin, Origin::Server(_)),
+            origin: Some(origin),
+            reader,
+            writing: Writing::Open,
+            preface,
+            reused,
+        };
         FlowStream { inner: Box::new(inner) }
     }
 
@@ -132,8 +142,8 @@ impl FlowStream {
     }
 
     pub(super) fn accept_now(&mut self) -> io::Result<()> {
-        let Inner { tls: Some(tls), .. } = &mut *self.inner else { return Err(io::ErrorKind::NotConnected.into()) };
-        tls.write_now(&Head::Accept.to_bytes())
+        self.inner.unconfirmed = false;
+        self.inner.tls()?.write_now(&Head::Accept.to_bytes())
     }
 }
 
@@ -229,7 +239,7 @@ impl Inner {
             IoSlice::new(data),
         ];
         ready!(self.tls()?.poll_write_whole(cx, &slices))?;
-        self.preface = None;
+        (self.preface, self.unconfirmed) = (None, false);
         Poll::Ready(Ok(data.len()))
     }
 
@@ -244,8 +254,11 @@ impl Inner {
 
     fn reset(&mut self, reason: ResetReason) {
         if self.preface.take().is_none() && self.writing != Writing::Reset && self.read_failure().is_none() {
+            // A flow that was taken and then reset was not refused: the source must be able to tell.
+            let accept = if self.unconfirmed { &Head::Accept.to_bytes()[..] } else { &[] };
+            let frames = [accept, &Head::Reset(reason).to_bytes()].concat();
             if let Some(tls) = &mut self.tls {
-                let _ = tls.write_now(&Head::Reset(reason).to_bytes());
+                let _ = tls.write_now(&frames);
             }
         }
         self.writing = Writing::Reset;

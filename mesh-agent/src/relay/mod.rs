@@ -361,3 +361,6 @@ pub async fn relay<A: Duplex, B: Duplex>(
     }
     RelayEnd { sent: counters.sent(), received: counters.received(), how, error }
 }
+
+#[cfg(test)]
+mod tests;
