@@ -5,8 +5,9 @@
 //! [`Permit`], and delivery takes a `&Permit`, so that forwarding without a decision cannot be written.
 //!
 //! Deny beats allow. Once an Allow policy applies to a workload's port, what no rule allows there is denied. A doubt
-//! is a denial: an opaque flow under a Deny that asks about requests is denied, and a path that reads differently as
-//! sent and as an application may normalize it is allowed only if both readings are, and denied if either is.
+//! is a denial: an opaque flow under a Deny that asks about requests is denied; a path that reads differently as sent
+//! and as an application may normalize it is allowed only if both readings are, and denied if either is; so are the
+//! lines of a header that is sent more than once.
 
 use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
 
@@ -315,7 +316,7 @@ fn target_fit(clause: &TargetClause, port: u16, l7: Option<&dyn Request>, side: 
     let host = request.authority().map(host_of);
     let host_fits = clause.hosts.is_empty() || host.is_some_and(|host| clause.hosts.iter().any(|h| h.matches(host)));
     let method_fits = clause.methods.is_empty() || clause.methods.iter().any(|method| method == request.method());
-    let headers_fit = clause.headers.iter().all(|header| header_fits(header, request));
+    let headers_fit = clause.headers.iter().all(|header| header_fits(header, request, side));
     if host_fits && method_fits && headers_fit && paths_fit(&clause.paths, request.path(), side) {
         Fit::Yes
     } else {
@@ -323,10 +324,17 @@ fn target_fit(clause: &TargetClause, port: u16, l7: Option<&dyn Request>, side: 
     }
 }
 
-fn header_fits(wanted: &HeaderMatch, request: &dyn Request) -> bool {
-    request
-        .header(&wanted.name)
-        .is_some_and(|value| wanted.value.matches(value))
+/// The application may look at any line of a header that is sent twice: every line must be allowed, any is denied.
+fn header_fits(wanted: &HeaderMatch, request: &dyn Request, side: Side) -> bool {
+    let (mut lines, mut fitting) = (0usize, 0usize);
+    request.each_header_value(&wanted.name, &mut |value| {
+        lines += 1;
+        fitting += usize::from(wanted.value.matches(value));
+    });
+    match side {
+        Side::Allow => fitting > 0 && fitting == lines,
+        Side::Deny => fitting > 0,
+    }
 }
 
 fn paths_fit(wanted: &[PathMatch], path: &str, side: Side) -> bool {

@@ -142,6 +142,13 @@ impl Request for PlainRequest {
             .find(|(n, _)| n == name)
             .map(|(_, value)| value.as_str())
     }
+
+    fn each_header_value(&self, name: &str, tell: &mut dyn FnMut(&str)) {
+        self.headers
+            .iter()
+            .filter(|(n, _)| n == name)
+            .for_each(|(_, value)| tell(value));
+    }
 }
 
 /// What would happen to a request (or, without one, to a flow of opaque bytes) from a workload to an address.
@@ -158,7 +165,7 @@ pub fn explain(
         ends: Vec::new(),
     };
     match view.workload(source) {
-        Some(source) => story.from(source, destination, request),
+        Some(source) => story.follow(source, destination, request),
         None => {
             story.step("source", None, format!("workload {source} is not known"));
             story.ends.push(Verdict::Refused);
@@ -196,7 +203,7 @@ impl Story<'_> {
         });
     }
 
-    fn from(&mut self, source: &Workload, address: SocketAddr, request: Option<&PlainRequest>) {
+    fn follow(&mut self, source: &Workload, address: SocketAddr, request: Option<&PlainRequest>) {
         let enrolment = if source.enrolled { "enrolled" } else { "not enrolled" };
         let words = format!(
             "workload {} is {}, {enrolment}, on node {}",
@@ -211,11 +218,11 @@ impl Story<'_> {
             );
         }
         match self.view.destination(address) {
-            Destination::ServicePort(port) => self.to_service(source, &port, request),
+            Destination::ServicePort(port) => self.follow_service(source, &port, request),
             Destination::Workload(endpoint) => {
                 let words = format!("{address} is workload {}: no route applies", endpoint.workload.name);
                 self.step("destination", None, words);
-                let end = self.to_endpoint(source, &endpoint, request);
+                let end = self.follow_endpoint(source, &endpoint, request);
                 self.ends.push(end);
             }
             Destination::NoPort(service) => {
@@ -238,7 +245,7 @@ impl Story<'_> {
         }
     }
 
-    fn to_service(&mut self, source: &Workload, port: &ServicePortView, request: Option<&PlainRequest>) {
+    fn follow_service(&mut self, source: &Workload, port: &ServicePortView, request: Option<&PlainRequest>) {
         let name = &port.service.name;
         let protocol = port.port.protocol;
         let words = format!("service {name} port {} ({})", port.port.port, protocol_words(protocol));
@@ -252,7 +259,7 @@ impl Story<'_> {
                     "an opaque flow has no requests: routes do not apply".to_owned(),
                 );
             }
-            self.to_backend(source, &port.backend, None);
+            self.follow_backend(source, &port.backend, None);
             return;
         };
         let Some(table) = &port.routes else {
@@ -261,7 +268,7 @@ impl Story<'_> {
                 None,
                 "the service has no routes: it is its own backend".to_owned(),
             );
-            self.to_backend(source, &port.backend, Some(request));
+            self.follow_backend(source, &port.backend, Some(request));
             return;
         };
         match route::select(table, &source.name.namespace, request) {
@@ -269,11 +276,17 @@ impl Story<'_> {
                 self.step("route", None, "the service has routes and none matches: 404".to_owned());
                 self.ends.push(Verdict::Refused);
             }
-            RouteChoice::Rule(rule) => self.by_rule(source, port, rule, request),
+            RouteChoice::Rule(rule) => self.follow_rule(source, port, rule, request),
         }
     }
 
-    fn by_rule(&mut self, source: &Workload, port: &ServicePortView, rule: &Arc<RouteRule>, request: &PlainRequest) {
+    fn follow_rule(
+        &mut self,
+        source: &Workload,
+        port: &ServicePortView,
+        rule: &Arc<RouteRule>,
+        request: &PlainRequest,
+    ) {
         let id = rule.id.as_str();
         let backends = match &rule.action {
             RouteAction::Redirect(spec) => {
@@ -316,7 +329,7 @@ impl Story<'_> {
                             format!("at most {timeout:?} until the response ends"),
                         );
                     }
-                    self.to_backend(source, backend, Some(&rewritten));
+                    self.follow_backend(source, backend, Some(&rewritten));
                 }
                 Err(bad) => {
                     self.step("route", Some(id), format!("{share} get 500: {bad}"));
@@ -326,7 +339,7 @@ impl Story<'_> {
         }
     }
 
-    fn to_backend(&mut self, source: &Workload, backend: &Backend, request: Option<&PlainRequest>) {
+    fn follow_backend(&mut self, source: &Workload, backend: &Backend, request: Option<&PlainRequest>) {
         let endpoints = backend.endpoints(self.ipv6);
         let policies: Vec<&str> = backend.traffic.sources.iter().map(|rule| rule.as_str()).collect();
         let rule = (!policies.is_empty()).then(|| policies.join(", "));
@@ -344,7 +357,7 @@ impl Story<'_> {
         let mut told: Vec<Vec<Step>> = Vec::new();
         for endpoint in endpoints {
             let before = self.steps.len();
-            let end = self.to_endpoint(source, endpoint, request);
+            let end = self.follow_endpoint(source, endpoint, request);
             self.ends.push(end);
             let mut story = self.steps.split_off(before);
             let plain: Vec<Step> = story.iter().map(|step| anonymous(step, endpoint)).collect();
@@ -356,7 +369,7 @@ impl Story<'_> {
     }
 
     /// What the endpoint's own agent decides.
-    fn to_endpoint(&mut self, source: &Workload, endpoint: &Endpoint, request: Option<&PlainRequest>) -> Verdict {
+    fn follow_endpoint(&mut self, source: &Workload, endpoint: &Endpoint, request: Option<&PlainRequest>) -> Verdict {
         let destination = &endpoint.workload;
         let who = endpoint_name(endpoint);
         if !destination.enrolled {

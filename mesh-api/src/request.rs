@@ -12,6 +12,9 @@ pub trait Request {
     fn authority(&self) -> Option<&str>;
     /// The first value of a header that is valid UTF-8; `name` is lower case.
     fn header(&self, name: &str) -> Option<&str>;
+    /// Tells every value of a header in order, each line by itself; what is no UTF-8 is replaced, not left out.
+    /// Authorization asks for all of them, since the application may look at another line than the first.
+    fn each_header_value(&self, name: &str, tell: &mut dyn FnMut(&str));
 }
 
 /// The host of an authority, without its port; an IPv6 literal keeps its brackets.

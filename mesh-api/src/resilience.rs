@@ -36,7 +36,7 @@ pub enum BalancerAlgorithm {
 }
 
 /// The traffic policy that applies to a backend, every field decided.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct TrafficSettings {
     /// How an endpoint is chosen.
     pub balancer: BalancerAlgorithm,
@@ -175,18 +175,6 @@ impl Default for TimeoutSettings {
             request: None,
             connect: CONNECT_TIMEOUT_DEFAULT,
             idle: None,
-        }
-    }
-}
-
-impl Default for TrafficSettings {
-    fn default() -> TrafficSettings {
-        TrafficSettings {
-            balancer: BalancerAlgorithm::default(),
-            timeouts: TimeoutSettings::default(),
-            retry: None,
-            breaker: None,
-            sources: Vec::new(),
         }
     }
 }

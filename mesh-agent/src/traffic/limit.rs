@@ -163,6 +163,9 @@ mod tests {
         fn header(&self, name: &str) -> Option<&str> {
             (name == "x-user").then_some(&self.0)
         }
+        fn each_header_value(&self, name: &str, tell: &mut dyn FnMut(&str)) {
+            self.header(name).into_iter().for_each(tell);
+        }
     }
 
     fn settings(requests: u32, per: Duration, burst: u32) -> LimitSettings {

@@ -34,9 +34,13 @@ pub(super) struct Applied {
 pub(super) struct Targets<'a> {
     mesh: Vec<usize>,
     namespaces: HashMap<&'a str, Vec<usize>>,
-    services: HashMap<(&'a str, &'a str), Vec<(Option<&'a PortRef>, usize)>>,
+    /// By namespace and name.
+    services: HashMap<(&'a str, &'a str), Vec<ServiceTarget<'a>>>,
     workloads: HashMap<&'a str, Vec<Selector<'a>>>,
 }
+
+/// A port of a service, if only one is meant, and the policy.
+type ServiceTarget<'a> = (Option<&'a PortRef>, usize);
 
 struct Selector<'a> {
     labels: &'a BTreeMap<String, String>,

@@ -256,6 +256,27 @@ fn hosts_paths_and_headers_are_matched() {
 }
 
 #[test]
+fn every_line_of_a_header_counts() {
+    let to = "to: [{headers: [{name: x-team, value: a}]}]";
+    let allow = access("a", &format!("{{{CART}, action: Allow, rules: [{{{to}}}]}}"));
+    let deny = access("d", &format!("{{{CART}, action: Deny, rules: [{{{to}}}]}}"));
+    // The header's lines, what the Allow says, what the Deny says.
+    let cases = [
+        ("x-team: a", "permit a/0", "deny d/0"),
+        ("x-team: a; x-team: a", "permit a/0", "deny d/0"),
+        ("x-team: b; x-team: a", "deny default-deny:a", "deny d/0"),
+        ("x-team: a; x-team: b", "deny default-deny:a", "deny d/0"),
+        ("x-team: b", "deny default-deny:a", "permit default-allow"),
+        ("x-other: a", "deny default-deny:a", "permit default-allow"),
+    ];
+    for (lines, allowed, denied) in cases {
+        let line = format!("GET / cart {lines}");
+        check(&allow, &[("web/front", "shop/cart-v1", 8080, &line, allowed)]);
+        check(&deny, &[("web/front", "shop/cart-v1", 8080, &line, denied)]);
+    }
+}
+
+#[test]
 fn a_path_in_disguise_is_neither_let_in_nor_overlooked() {
     let deny = access(
         "d",

@@ -607,6 +607,14 @@ impl Request for RequestView<'_> {
             .filter(|field| field.name.bytes(self.bytes).eq_ignore_ascii_case(name.as_bytes()))
             .find_map(|field| std::str::from_utf8(field.value.bytes(self.bytes)).ok())
     }
+
+    fn each_header_value(&self, name: &str, tell: &mut dyn FnMut(&str)) {
+        self.head
+            .fields
+            .iter()
+            .filter(|field| field.name.bytes(self.bytes).eq_ignore_ascii_case(name.as_bytes()))
+            .for_each(|field| tell(&String::from_utf8_lossy(field.value.bytes(self.bytes))));
+    }
 }
 
 /// Fuzz entry: parses `bytes` as a request's head and checks what must hold of any head that is let through.
