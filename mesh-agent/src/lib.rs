@@ -13,3 +13,7 @@ pub mod kernel;
 pub mod pods;
 pub mod relay;
 pub mod traffic;
+pub mod capture;
+pub mod path;
+pub mod worker;
+pub mod config;

@@ -1,0 +1,136 @@
+//! The accept loops: from a listener in a pod's network namespace to a connection whose two addresses are known.
+//!
+//! Which listener accepted says whose connection it is. Outbound, the kernel's record gives the destination that the
+//! application asked for; a connection without a record is reset, for nobody knows where it should go. Inbound, the
+//! socket's own local address is the original one. Nothing is read here and nothing decided.
+
+use std::{io, net::SocketAddr, os::fd::AsFd, rc::Rc, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+use crate::{
+    event::Refusal,
+    net, path,
+    pods::{Pod, PodListeners},
+    worker::Worker,
+};
+
+/// How long an accept loop rests when the process is out of descriptors or memory.
+const REST: Duration = Duration::from_millis(50);
+/// How long a listener must have been empty after its pod's retirement before it closes.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// A connection taken from a pod's application or steered to it.
+#[derive(Debug)]
+pub struct Captured {
+    /// The socket.
+    pub stream: TcpStream,
+    /// The pod in whose namespace it was taken.
+    pub pod: Arc<Pod>,
+    /// Who connected.
+    pub source: SocketAddr,
+    /// Where the source wanted to go.
+    pub original_destination: SocketAddr,
+}
+
+/// Which way a listener's connections go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Outbound,
+    Inbound,
+}
+
+/// Accepts on all of a pod's listeners until `stop` says that the pod is retired.
+pub fn serve(worker: &Rc<Worker>, listeners: PodListeners, stop: watch::Receiver<bool>) {
+    let PodListeners { pod, outbound, inbound, serving } = listeners;
+    let all = outbound
+        .into_iter()
+        .map(|listener| (listener, Direction::Outbound))
+        .chain(inbound.into_iter().map(|listener| (listener, Direction::Inbound)));
+    for (listener, direction) in all {
+        match TcpListener::from_std(listener) {
+            Ok(listener) => {
+                let (worker, pod, stop) = (worker.clone(), pod.clone(), stop.clone());
+                tokio::task::spawn_local(accept(worker, pod, listener, direction, stop));
+            }
+            Err(error) => {
+                // Unconfirmed: the pod shows as not captured, with this worker's number.
+                tracing::error!(%error, pod = %pod.name(), "taking a listener");
+                return;
+            }
+        }
+    }
+    serving.confirm();
+}
+
+async fn accept(
+    worker: Rc<Worker>,
+    pod: Arc<Pod>,
+    listener: TcpListener,
+    direction: Direction,
+    mut stop: watch::Receiver<bool>,
+) {
+    loop {
+        let place = worker.place().await;
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            // An error means that the sender is gone: the worker ends.
+            _ = stop.wait_for(|stop| *stop) => match tokio::time::timeout(LINGER, listener.accept()).await {
+                Ok(accepted) => accepted,
+                Err(_) => return,
+            },
+        };
+        match accepted {
+            Ok((stream, source)) => {
+                let (worker, pod) = (worker.clone(), pod.clone());
+                let guard = worker.shared.drain.guard();
+                tokio::task::spawn_local(async move {
+                    let source = SocketAddr::new(source.ip().to_canonical(), source.port());
+                    match captured(&worker, stream, pod, source, direction) {
+                        Ok(captured) => match direction {
+                            Direction::Outbound => path::outbound::serve(&worker, captured).await,
+                            Direction::Inbound => path::inbound::serve(&worker, captured).await,
+                        },
+                        Err(refusal) => worker.shared.events.refused(refusal),
+                    }
+                    drop((place, guard));
+                });
+            }
+            Err(error) if is_exhaustion(&error) => {
+                tracing::warn!(%error, pod = %pod.name(), "accepting");
+                tokio::time::sleep(REST).await;
+            }
+            // The connection was gone before it was taken.
+            Err(_) => {}
+        }
+    }
+}
+
+fn captured(
+    worker: &Worker,
+    stream: TcpStream,
+    pod: Arc<Pod>,
+    source: SocketAddr,
+    direction: Direction,
+) -> Result<Captured, Refusal> {
+    net::tune(&stream);
+    let original = match direction {
+        Direction::Outbound => worker.shared.kernel.take_original_destination(pod.cookie(), source),
+        Direction::Inbound => stream.local_addr().ok(),
+    };
+    let Some(original) = original else {
+        net::reset_on_close(&stream);
+        tracing::warn!(pod = %pod.name(), %source, socket = ?stream.as_fd(), "no original destination on record");
+        return Err(Refusal::OriginalDestinationMissing);
+    };
+    let original_destination = SocketAddr::new(original.ip().to_canonical(), original.port());
+    Ok(Captured { stream, pod, source, original_destination })
+}
+
+/// Whether the process, not the connection, is what is wrong.
+fn is_exhaustion(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}

@@ -1,0 +1,23 @@
+//! The way of a connection, stage by stage; docs/path.md draws it.
+//!
+//! Outbound: capture → identify → protocol → route → way → dial → relay or exchange → record.
+//! Inbound: steer → identify → verify → judge → deliver → relay or exchange → record.
+//!
+//! [`outbound`] and [`inbound`] are the lists of stages; the other files are the stages. What goes to a pod of the same
+//! node passes the source's stages and then the destination's [`judge`] and [`deliver`] at once, without TLS. A stage
+//! gives the next type or a [`Refusal`](crate::event::Refusal); nothing here invents a permit.
+
+pub mod deliver;
+pub mod inbound;
+pub mod judge;
+pub mod names;
+pub mod outbound;
+pub mod replies;
+pub mod requests_h2;
+pub mod requests_in;
+pub mod requests_out;
+pub mod sniff;
+pub mod target;
+pub mod way;
+
+pub use target::TargetStream;

@@ -1,0 +1,119 @@
+//! Who took part, for the record of a connection or request. The path tells; nothing here decides.
+
+use std::{cell::RefCell, net::SocketAddr, sync::Arc};
+
+use mesh_api::{
+    request::Request,
+    view::View,
+    workload::{ObjectName, Service, Workload},
+};
+
+use crate::{
+    event::{ConnRecord, ConnectionSecurity, Outcome, Parties, PartySet, Protocol, Reporter, RequestRecord},
+    l7::End,
+    worker::Worker,
+};
+
+/// Sets of parties that one connection's requests keep; above it the cache starts anew.
+const CACHED_MAX: usize = 64;
+
+/// The two ends of a connection or request, as far as they are known.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends<'a> {
+    /// Whose record it is.
+    pub reporter: Reporter,
+    /// Whence.
+    pub source: Option<&'a Workload>,
+    /// Whither.
+    pub destination: Option<&'a Workload>,
+    /// The service that was asked for.
+    pub service: Option<&'a Service>,
+    /// How it was protected.
+    pub security: ConnectionSecurity,
+}
+
+impl Ends<'_> {
+    /// Nothing known yet, told by the source's side.
+    pub fn at_source() -> Ends<'static> {
+        Ends {
+            reporter: Reporter::Source,
+            source: None,
+            destination: None,
+            service: None,
+            security: ConnectionSecurity::Unknown,
+        }
+    }
+
+    /// Nothing known yet, told by the destination's side.
+    pub fn at_destination() -> Ends<'static> {
+        Ends { reporter: Reporter::Destination, ..Ends::at_source() }
+    }
+
+    /// The labels.
+    pub fn parties(&self) -> Parties {
+        Parties::of(self.reporter, self.source, self.destination, self.service, self.security)
+    }
+}
+
+/// Parties by the endpoint's name and the kind of record, for the requests of one connection.
+#[derive(Default)]
+pub struct Cache(RefCell<Vec<(PartiesKey, Arc<PartySet>)>>);
+
+/// What parties of one connection's requests differ in.
+pub type PartiesKey = (Option<ObjectName>, ConnectionSecurity, Reporter);
+
+impl Cache {
+    /// The parties of the key, made if they are not there.
+    pub fn get(&self, key: PartiesKey, make: impl FnOnce() -> Arc<PartySet>) -> Arc<PartySet> {
+        if let Some((_, parties)) = self.0.borrow().iter().find(|(known, _)| *known == key) {
+            return parties.clone();
+        }
+        let parties = make();
+        let mut known = self.0.borrow_mut();
+        if known.len() >= CACHED_MAX {
+            known.clear();
+        }
+        known.push((key, parties.clone()));
+        parties
+    }
+}
+
+/// Opens a connection's record.
+pub fn connection(
+    worker: &Worker,
+    view: &View,
+    ends: &Ends<'_>,
+    source: SocketAddr,
+    destination: SocketAddr,
+) -> ConnRecord {
+    let events = &worker.shared.events;
+    let mut record = events.connection(events.parties(ends.parties()), Protocol::Tcp);
+    record.set_revision(view.revision());
+    record.set_addresses(source, destination);
+    record
+}
+
+/// Fills in what a request's head tells.
+pub fn fill(
+    record: &mut RequestRecord,
+    view: &View,
+    request: &dyn Request,
+    source: SocketAddr,
+    destination: SocketAddr,
+) {
+    record.set_revision(view.revision());
+    record.set_addresses(source, destination);
+    record.set_head(request);
+}
+
+/// Closes a request's record with what the engine counted.
+pub fn close(mut record: RequestRecord, end: &End, outcome: Outcome) {
+    if let Some(status) = end.status {
+        record.set_status(status.as_u16());
+    }
+    if let Some(status) = end.grpc_status {
+        record.set_grpc_status(status);
+    }
+    record.set_bytes(end.response_bytes, end.request_bytes);
+    record.close(outcome);
+}

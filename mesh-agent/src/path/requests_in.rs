@@ -1,0 +1,228 @@
+//! Requests at the destination: each is judged by the newest view, limited, and sent to the application on a connection
+//! that belongs to the source's connection alone, so that the application sees who it talks to. Implements the HTTP
+//! engines' [`Handler`]. What is not permitted never reaches the application.
+
+use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc};
+
+use bytes::Bytes;
+use http::StatusCode;
+use mesh_api::{authz::Permit, request::Request, view::View};
+
+use super::{
+    deliver,
+    inbound::Arrival,
+    judge, names,
+    outbound::stop,
+    replies::{self, fault_refusal},
+    requests_h2::Http2Targets,
+    sniff,
+    target::{Kind, TargetStream},
+};
+use crate::{
+    event::{ConnectionSecurity, Outcome, PartySet, Protocol, Refusal, Reporter, RequestRecord},
+    l7::{
+        self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, Verdict, Version,
+        detect::Sniff,
+        headers::ClientCert,
+    },
+    relay,
+    transport::Transport,
+    worker::Worker,
+};
+
+/// The requests of one connection that came to a pod.
+pub struct RequestsIn {
+    arrival: Arrival,
+    security: ConnectionSecurity,
+    client_cert: ClientCert,
+    app: RefCell<Option<TargetStream>>,
+    http2: Http2Targets,
+    parties: names::Cache,
+}
+
+/// What accompanies one request.
+pub struct Exchange {
+    record: RequestRecord,
+    permit: Option<Permit>,
+    refusal: Option<Refusal>,
+}
+
+/// Serves the requests of a connection, HTTP/1 or HTTP/2 as its first bytes say.
+pub async fn serve(handler: RequestsIn, mut source: Transport) {
+    let handler = Rc::new(handler);
+    let limits = Limits::default();
+    let drain = handler.worker().shared.drain.started();
+    let patience = limits.idle_timeout;
+    let http2 = match tokio::time::timeout(patience, sniff::peek(&mut source)).await {
+        Ok(Ok(Some(Sniff::Http2))) => true,
+        Ok(Ok(Some(_))) => false,
+        // Nothing was asked: nothing is recorded.
+        Ok(Ok(None) | Err(_)) | Err(_) => return,
+    };
+    let served = if http2 {
+        l7::h2::serve(source, handler, &limits, drain).await
+    } else {
+        l7::h1::serve(source, handler, &limits, drain).await
+    };
+    if let Err(error) = served {
+        tracing::debug!(error = &error as &dyn std::error::Error, "a source's connection ended");
+    }
+}
+
+impl RequestsIn {
+    /// For a connection whose source is as proven as it will be.
+    pub fn new(arrival: Arrival) -> RequestsIn {
+        let (security, client_cert) = match &arrival.identity {
+            Some(identity) => (
+                ConnectionSecurity::MutualTls,
+                // Envoy's XFCC: the workload that the request is for, and the identity that was proven.
+                ClientCert::Set(format!("By={};URI={identity}", arrival.pod.identity()).into()),
+            ),
+            None => (ConnectionSecurity::None, ClientCert::Strip),
+        };
+        RequestsIn {
+            arrival,
+            security,
+            client_cert,
+            app: RefCell::default(),
+            http2: Http2Targets::default(),
+            parties: names::Cache::default(),
+        }
+    }
+
+    fn worker(&self) -> &Rc<Worker> {
+        &self.arrival.worker
+    }
+
+    fn parties(&self, view: &View) -> Arc<PartySet> {
+        self.parties.get((None, self.security, Reporter::Destination), || {
+            let source = view.workload_by_address(self.arrival.source.ip());
+            let policy = view.inbound(self.arrival.pod.name(), self.arrival.local.port());
+            let destination = self.arrival.pod.workload();
+            let ends = names::Ends {
+                source: source.map(|workload| &**workload),
+                destination: Some(&destination),
+                service: policy.services.first().map(|service| &**service),
+                security: self.security,
+                ..names::Ends::at_destination()
+            };
+            self.worker().shared.events.parties(ends.parties())
+        })
+    }
+
+    fn judge(&self, request: &dyn Request, facts: Facts) -> Verdict<Exchange> {
+        let shared = &self.worker().shared;
+        let view = shared.view.load();
+        let policy = view.inbound(self.arrival.pod.name(), self.arrival.local.port());
+        let protocol = match facts.version {
+            _ if facts.grpc => Protocol::Grpc,
+            Version::Http2 => Protocol::Http2,
+            Version::Http10 | Version::Http11 => Protocol::Http1,
+        };
+        let mut record = shared.events.request(self.parties(&view), protocol);
+        names::fill(&mut record, &view, request, self.arrival.source, self.arrival.local);
+        let attributes = self.arrival.attributes();
+        match judge::request(&policy, &attributes, request, &shared.traffic, self.worker().now()) {
+            Ok(permit) => {
+                record.set_rule(permit.rule().clone(), permit.revision());
+                let standard = match self.security {
+                    // The source's agent has done its part.
+                    ConnectionSecurity::MutualTls => Standard::default(),
+                    _ => Standard::at_source(request, self.arrival.source.ip()),
+                };
+                let standard = Standard { client_cert: self.client_cert.clone(), ..standard };
+                let forward = Forward { standard, ..Forward::default() };
+                Verdict::Forward(forward, Exchange { record, permit: Some(permit), refusal: None })
+            }
+            Err(denial) => {
+                record.set_rule(denial.rule.clone(), view.revision());
+                let reply = replies::refusal(denial.refusal, denial.retry_after);
+                Verdict::Reply(reply, Exchange { record, permit: None, refusal: Some(denial.refusal) })
+            }
+        }
+    }
+
+    async fn app(&self, exchange: &mut Exchange) -> Result<TargetStream, Reply> {
+        let Some(permit) = &exchange.permit else {
+            return Err(replies::refusal(Refusal::AccessDeniedRequest, None));
+        };
+        let Arrival { pod, local, source, .. } = &self.arrival;
+        let shared = &self.worker().shared;
+        let timeout = shared.config.dial_timeout;
+        match deliver::connect(&shared.kernel, pod, *local, *source, timeout, permit).await {
+            Ok(app) => Ok(TargetStream::new(Kind::App(app))),
+            Err(refusal) => {
+                exchange.refusal = Some(refusal);
+                Err(replies::refusal(refusal, None))
+            }
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.arrival.local
+    }
+}
+
+impl Handler for RequestsIn {
+    type Source = Transport;
+    type Target = TargetStream;
+    type Exchange = Exchange;
+
+    async fn decide(&self, request: &dyn Request, facts: Facts) -> Verdict<Exchange> {
+        self.judge(request, facts)
+    }
+
+    async fn connect(&self, exchange: &mut Exchange, attempt: Attempt) -> Result<Target<TargetStream>, Reply> {
+        let kept = self.app.borrow_mut().take();
+        if let Some(wire) = kept.filter(|app| attempt == Attempt::First && app.is_quiet()) {
+            return Ok(Target { wire, reused: true });
+        }
+        Ok(Target { wire: self.app(exchange).await?, reused: false })
+    }
+
+    async fn connect_h2(
+        &self,
+        exchange: &mut Exchange,
+        attempt: Attempt,
+    ) -> Result<::h2::client::SendRequest<Bytes>, Reply> {
+        if attempt != Attempt::First {
+            self.http2.forget(self.address());
+        } else if let Some(send) = self.http2.get(self.address()).await {
+            return Ok(send);
+        }
+        let stream = self.app(exchange).await?;
+        self.http2.start(self.address(), stream, &self.worker().shared.drain).await.map_err(|refusal| {
+            exchange.refusal = Some(refusal);
+            replies::refusal(refusal, None)
+        })
+    }
+
+    fn release(&self, _exchange: &mut Exchange, wire: TargetStream) {
+        *self.app.borrow_mut() = Some(wire);
+    }
+
+    async fn relay(&self, _exchange: &mut Exchange, source: Transport, target: TargetStream) -> (u64, u64) {
+        let stop = stop(self.worker(), |_| false);
+        let idle = self.worker().shared.config.idle_timeout;
+        let end = relay::relay(source, target, &relay::Counters::default(), idle, stop).await;
+        (end.sent, end.received)
+    }
+
+    fn finish(&self, exchange: Exchange, end: End) {
+        let outcome = match (exchange.refusal, end.fault) {
+            (Some(refusal), _) => Outcome::Refused(refusal),
+            (None, Some(fault)) => Outcome::Refused(fault_refusal(fault)),
+            (None, None) => Outcome::Served,
+        };
+        names::close(exchange.record, &end, outcome);
+    }
+
+    fn refused(&self, fault: Fault, status: Option<StatusCode>) {
+        let view = self.worker().shared.view.load();
+        let mut record = self.worker().shared.events.request(self.parties(&view), Protocol::Http1);
+        if let Some(status) = status {
+            record.set_status(status.as_u16());
+        }
+        record.close(Outcome::Refused(fault_refusal(fault)));
+    }
+}
