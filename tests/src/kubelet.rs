@@ -300,11 +300,8 @@ pub fn refresh_names(state: &State) -> Result<()> {
     for pod in &state.pods {
         write_hosts(state, pod)?;
     }
-    let rules = if state.pods.iter().all(|pod| pod.enrolled) {
-        Vec::new()
-    } else {
-        service_rules(state)?
-    };
+    let needed = state.service_rules && state.pods.iter().any(|pod| !pod.enrolled);
+    let rules = if needed { service_rules(state)? } else { Vec::new() };
     for node in &state.nodes {
         network::service_rules(&plan::node_netns(&state.name, &node.name), &rules)?;
     }

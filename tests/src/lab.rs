@@ -53,6 +53,8 @@ pub struct LabConfig {
     pub agent_args: Vec<String>,
     /// More arguments of the controller.
     pub controller_args: Vec<String>,
+    /// Whether nodes translate Service addresses for pods outside of the mesh, as kube-proxy does.
+    pub service_rules: bool,
     /// Whether the lab lives longer than the value that made it.
     pub keep: bool,
     /// Called with each step in plain words.
@@ -70,6 +72,7 @@ impl LabConfig {
             mesh: true,
             agent_args: Vec::new(),
             controller_args: Vec::new(),
+            service_rules: true,
             keep: false,
             progress: |_| {},
         }
@@ -186,6 +189,7 @@ impl Lab {
             programs: mesh::find_programs()?,
             agent_args: config.agent_args.clone(),
             controller_args: config.controller_args.clone(),
+            service_rules: config.service_rules,
             nodes: numbered.map(|(name, number)| Node { name, number }).collect(),
             pods: Vec::new(),
             services: Vec::new(),

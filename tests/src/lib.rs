@@ -14,6 +14,7 @@ pub mod mesh;
 pub mod metrics;
 pub mod netns;
 pub mod network;
+pub mod pcap;
 pub mod plan;
 pub mod probe;
 pub mod process;
@@ -22,5 +23,6 @@ pub mod wait;
 
 pub use lab::{Capture, Lab, LabConfig, Place};
 pub use metrics::Metrics;
+pub use pcap::Packets;
 pub use process::{Background, Output};
 pub use wait::until;

@@ -275,10 +275,40 @@ pub fn tail(log: &Path) -> String {
     lines[lines.len().saturating_sub(40)..].join("\n")
 }
 
-/// The pods, as `namespace/name`, that `mesh-ctl status -o json` shows as captured.
+/// The pods, as `namespace/name`, that `mesh-ctl status -o json` shows as captured, under whichever node.
 pub fn captured(status: &serde_json::Value) -> Vec<String> {
-    let pods = status["pods"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let captured = pods.iter().filter(|pod| pod["captured"].as_bool() == Some(true));
-    let name = |pod: &serde_json::Value| Some(format!("{}/{}", pod["namespace"].as_str()?, pod["name"].as_str()?));
-    captured.filter_map(name).collect()
+    use serde_json::Value;
+    let mut found = Vec::new();
+    match status {
+        Value::Object(fields) => {
+            let text = |key: &str| fields.get(key).and_then(Value::as_str);
+            if let (Some(namespace), Some(name), Some(true)) = (
+                text("namespace"),
+                text("name"),
+                fields.get("captured").and_then(Value::as_bool),
+            ) {
+                found.push(format!("{namespace}/{name}"));
+            }
+            found.extend(fields.values().flat_map(captured));
+        }
+        Value::Array(values) => found.extend(values.iter().flat_map(captured)),
+        _ => {}
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn captured_pods_of_all_nodes() {
+        let pod =
+            |name: &str, captured: bool| serde_json::json!({"namespace": "a", "name": name, "captured": captured});
+        let status = serde_json::json!({
+            "revision": 3,
+            "nodes": [{"name": "n", "pods": [pod("x", true), pod("y", false)]}, {"name": "m", "pods": [pod("z", true)]}],
+        });
+        assert_eq!(captured(&status), ["a/x", "a/z"]);
+    }
 }

@@ -37,6 +37,8 @@ pub struct State {
     pub agent_args: Vec<String>,
     /// More arguments of the controller.
     pub controller_args: Vec<String>,
+    /// Whether nodes translate Service addresses for pods outside of the mesh.
+    pub service_rules: bool,
     /// The nodes; their position plus one is their number.
     pub nodes: Vec<Node>,
     /// The pods.

@@ -201,7 +201,7 @@ fn a_lab_can_be_removed_by_name_and_its_name_is_taken_once() -> Result<()> {
     let error = Lab::up(config).expect_err("the name is taken");
     assert!(error.to_string().contains("exists already"), "{error:#}");
     // As after a kill -9 of the owner: nothing is known but what is recorded.
-    std::mem::forget(lab);
+    let _never_dropped = std::mem::ManuallyDrop::new(lab);
     let opened = Lab::open(&name)?;
     assert_eq!(fetch(&opened, "http://web/")?, "200");
     lab::remove(&name)?;

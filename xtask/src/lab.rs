@@ -137,7 +137,7 @@ pub fn run(options: Options) -> Result<ExitCode> {
 }
 
 /// Runs the same verb again in a process that knows where the programs are, as root.
-fn with_programs(programs: &std::path::Path) -> Result<ExitCode> {
+pub fn with_programs(programs: &std::path::Path) -> Result<ExitCode> {
     let mut command = shell::root_command("env")?;
     let mut pair = std::ffi::OsString::from("NODEMESH_PROGRAMS=");
     pair.push(programs);

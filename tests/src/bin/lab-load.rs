@@ -387,7 +387,7 @@ fn one(plan: &Plan, connection: &mut Option<BufReader<TcpStream>>, seen: &mut Se
         .ok_or(io::ErrorKind::InvalidData)?
         .to_string();
     seen.bytes += head.skip_body(stream)?;
-    if let Some(server) = head.get("server") {
+    if let Some(server) = head.get("x-served-by").or(head.get("server")) {
         *seen.servers.entry(server.to_string()).or_default() += 1;
     }
     let close = head
