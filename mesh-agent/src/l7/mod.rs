@@ -10,6 +10,7 @@ pub mod detect;
 pub mod h1;
 pub mod h2;
 pub mod headers;
+mod timer;
 
 use std::{borrow::Cow, io, time::Duration};
 
@@ -234,6 +235,12 @@ impl Reply {
         }
     }
 
+    /// What the source is told of a fault.
+    pub fn of(fault: Fault) -> Reply {
+        let status = fault.status().unwrap_or(StatusCode::BAD_GATEWAY);
+        Reply::new(status, fault.grpc(), format!("{fault}\n"))
+    }
+
     /// No answer: the connection closes, the stream is reset.
     pub fn abort() -> Reply {
         Reply {
@@ -330,7 +337,7 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// HTTP/2 streams at once on a source's connection.
     pub streams_max: u32,
-    /// How long a drained HTTP/2 connection may finish its streams, and how long a closing one is read empty.
+    /// How long a closing HTTP/1 connection is read empty, so that our last answer is not overtaken by a reset.
     pub linger: Duration,
 }
 

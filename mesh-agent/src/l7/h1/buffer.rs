@@ -1,20 +1,16 @@
-//! Thread-owned scratch space, the left-overs that a connection may keep, and its one timer.
+//! Thread-owned scratch space and the left-overs that a connection may keep.
 //!
 //! A connection reads into the thread's scratch buffer and keeps only what it could not use yet; an idle one keeps
 //! nothing. The scratch is borrowed for one poll step and never across an await.
 
 use std::{
     cell::RefCell,
-    future::Future,
     io,
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, Sleep, sleep_until},
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// How much is read at once: less costs bulk throughput, more gains nothing.
 pub(super) const READ_BYTES: usize = 64 * 1024;
@@ -133,44 +129,4 @@ pub(super) fn write_now(
     }
     left.push(bytes);
     Ok(())
-}
-
-/// One timer for a connection's life. Moving the deadline later costs nothing: the timer fires once in vain and is
-/// armed anew.
-#[derive(Default)]
-pub(super) struct Timer {
-    deadline: Option<Instant>,
-    armed: Option<(Instant, Pin<Box<Sleep>>)>,
-}
-
-impl Timer {
-    pub fn set(&mut self, deadline: Option<Instant>) {
-        self.deadline = deadline;
-    }
-
-    pub fn is_set(&self) -> bool {
-        self.deadline.is_some()
-    }
-
-    /// Ready when the deadline has passed.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(deadline) = self.deadline else {
-            return Poll::Pending;
-        };
-        let (armed, sleep) = self
-            .armed
-            .get_or_insert_with(|| (deadline, Box::pin(sleep_until(deadline))));
-        loop {
-            if *armed > deadline {
-                sleep.as_mut().reset(deadline);
-                *armed = deadline;
-            }
-            ready!(sleep.as_mut().poll(cx));
-            if *armed >= deadline {
-                return Poll::Ready(());
-            }
-            sleep.as_mut().reset(deadline);
-            *armed = deadline;
-        }
-    }
 }

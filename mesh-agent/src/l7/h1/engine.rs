@@ -19,13 +19,14 @@ use tokio::{
 
 use super::{
     RequestDefect,
-    buffer::{Left, Timer, poll_read, with_scratch},
+    buffer::{Left, poll_read, with_scratch},
     codec::{RequestHead, RequestView, parse_request},
     exchange::{Asked, Exchange, Incoming, Outcome, SourceSide, Up},
     write::{write_reply, write_request},
 };
 use crate::l7::{
     Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, ServeError, Target, Verdict, Version, Wire,
+    timer::Timer,
 };
 
 /// The most bytes read and dropped from a source that is being closed.
@@ -301,7 +302,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                 Err(connect_failure) => {
                     let (reply, fault) = match connect_failure {
                         ConnectFailure::Reply(reply) => (reply, None),
-                        ConnectFailure::Late => (fault_reply(Fault::RequestTimeout), Some(Fault::RequestTimeout)),
+                        ConnectFailure::Late => (Reply::of(Fault::RequestTimeout), Some(Fault::RequestTimeout)),
                     };
                     let (after, mut end) = Box::pin(self.reply_instead(head, &up, reply, end)).await;
                     end.fault = fault;
@@ -379,7 +380,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                 Outcome::Failed(fault) => {
                     drop(wire);
                     let (after, mut end) = match fault.status() {
-                        Some(_) if !answered => Box::pin(self.reply_instead(head, &up, fault_reply(fault), end)).await,
+                        Some(_) if !answered => Box::pin(self.reply_instead(head, &up, Reply::of(fault), end)).await,
                         _ => (After::Abort, end),
                     };
                     end.fault = Some(fault);
@@ -468,7 +469,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
     async fn refuse(&mut self, fault: Fault) -> Option<StatusCode> {
         let status = fault.status()?;
         let mut out = Vec::new();
-        write_reply(&fault_reply(fault), Version::Http11, false, false, &mut out);
+        write_reply(&Reply::of(fault), Version::Http11, false, false, &mut out);
         self.send(&out).await.ok()?;
         Some(status)
     }
@@ -519,10 +520,4 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
 enum ConnectFailure {
     Reply(Reply),
     Late,
-}
-
-/// What the source is told of a fault.
-fn fault_reply(fault: Fault) -> Reply {
-    let status = fault.status().unwrap_or(StatusCode::BAD_GATEWAY);
-    Reply::new(status, fault.grpc(), format!("{fault}\n"))
 }

@@ -15,12 +15,12 @@ use tokio::{io::AsyncWrite, time::Instant};
 
 use super::{
     ResponseDefect,
-    buffer::{Left, Scratch, Timer, poll_drain, poll_read, with_scratch, write_now},
+    buffer::{Left, Scratch, poll_drain, poll_read, with_scratch, write_now},
     chunk::{ChunkDecoder, ChunkDefect, write_chunk},
     codec::{Framing, RequestHead, ResponseHead, parse_response},
     write::{Outgoing, write_interim, write_response},
 };
-use crate::l7::{Attempt, Attempted, Fault, Forward, Handler, Limits, Version, Wire, h1::RequestDefect};
+use crate::l7::{Attempt, Attempted, Fault, Forward, Handler, Limits, Version, Wire, h1::RequestDefect, timer::Timer};
 
 /// The most bytes of later requests read while one is under way.
 const PIPELINE_BYTES_MAX: usize = 16 * 1024;

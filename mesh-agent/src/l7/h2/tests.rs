@@ -1,0 +1,1 @@
+//! HTTP/2 end to end.
