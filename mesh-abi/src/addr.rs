@@ -23,8 +23,8 @@ pub struct Endpoint {
     pub addr: Addr,
     /// The port, in host byte order.
     pub port: u16,
-    /// Zero.
-    pub pad: u16,
+    /// Zero; in the `PEERS` map a number that tells two presentations at one port apart.
+    pub tag: u16,
 }
 
 impl Addr {
@@ -43,6 +43,16 @@ impl Addr {
         Addr {
             words: [0, 0, MAPPED, word],
         }
+    }
+
+    /// The address as 16 bytes, IPv4 being v4-mapped.
+    #[inline(always)]
+    pub const fn octets(&self) -> [u8; 16] {
+        let [a, b, c, d] = self.words[0].to_ne_bytes();
+        let [e, f, g, h] = self.words[1].to_ne_bytes();
+        let [i, j, k, l] = self.words[2].to_ne_bytes();
+        let [m, n, o, p] = self.words[3].to_ne_bytes();
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
     }
 
     /// Whether this is an IPv4 address.
@@ -96,13 +106,13 @@ impl Endpoint {
     pub const NONE: Endpoint = Endpoint {
         addr: Addr::NONE,
         port: 0,
-        pad: 0,
+        tag: 0,
     };
 
     /// An address and a port in host byte order.
     #[inline(always)]
     pub const fn new(addr: Addr, port: u16) -> Endpoint {
-        Endpoint { addr, port, pad: 0 }
+        Endpoint { addr, port, tag: 0 }
     }
 
     /// Whether this is [`Endpoint::NONE`].
@@ -133,11 +143,7 @@ impl From<Addr> for IpAddr {
         if addr.is_v4() {
             return IpAddr::V4(Ipv4Addr::from(u32::from_be(addr.words[3])));
         }
-        let mut octets = [0; 16];
-        for (bytes, word) in octets.chunks_exact_mut(4).zip(addr.words) {
-            bytes.copy_from_slice(&word.to_ne_bytes());
-        }
-        IpAddr::V6(Ipv6Addr::from(octets))
+        IpAddr::V6(Ipv6Addr::from(addr.octets()))
     }
 }
 

@@ -15,6 +15,7 @@ use std::{
     io::{self, Read, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
+    sync::Mutex,
 };
 
 use mesh_abi::{AGENT_MARK, Reason};
@@ -473,6 +474,51 @@ fn an_application_is_shown_its_source() {
             "{bound} {ipv6}: true as long as the socket lives, also when the agent's end is gone"
         );
     }
+}
+
+#[test]
+fn a_port_that_is_bound_again_keeps_its_new_presentation() {
+    let world = World::new();
+    let local: SocketAddr = "10.0.0.1:40000".parse().unwrap();
+    let present = |shown: &str| {
+        world
+            .kernel()
+            .present_peer(world.cookie(), local, shown.parse().unwrap())
+            .unwrap()
+    };
+    let first = present("198.51.100.1:1");
+    let second = present("198.51.100.2:2");
+    drop(first);
+    assert_eq!(entries(&world.kernel().gauges(), "PEERS"), 1);
+    drop(second);
+    assert_eq!(entries(&world.kernel().gauges(), "PEERS"), 0);
+}
+
+#[test]
+fn a_debugging_agent_reads_what_the_programs_log() {
+    static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    struct Lines;
+    impl log::Log for Lines {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            LINES.lock().unwrap().push(record.args().to_string());
+        }
+        fn flush(&self) {}
+    }
+    log::set_logger(&Lines).unwrap();
+    log::set_max_level(log::LevelFilter::Trace);
+
+    let quiet = World::new();
+    assert!(quiet.kernel().take_logger().is_none());
+    let world = World::with(|config| config.debug = true);
+    let mut logger = world.kernel().take_logger().unwrap();
+    let _agent = world.capture(1);
+    world.in_pod(|| TcpStream::connect("203.0.113.7:80")).unwrap();
+    logger.flush();
+    let line = format!("netns {} to ::ffff:203.0.113.7 port 80", world.cookie());
+    assert!(LINES.lock().unwrap().contains(&line), "{:?}", LINES.lock().unwrap());
 }
 
 #[test]

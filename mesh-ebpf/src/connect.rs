@@ -98,9 +98,9 @@ fn judge(ctx: &SockAddrContext, destination: Endpoint) -> Answer {
             let answer = redirect(raw, pod, destination, agent);
             debug!(
                 ctx,
-                "netns {} to {:i}:{}",
+                "netns {} to {:i} port {}",
                 cookie,
-                u32::from_be(destination.addr.v4_word()),
+                destination.addr.octets(),
                 destination.port
             );
             answer

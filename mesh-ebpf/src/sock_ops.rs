@@ -144,7 +144,7 @@ unsafe fn accepted(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
             return;
         };
         let view = SocketView {
-            peer: *peer,
+            peer: Endpoint::new(peer.addr, peer.port),
             local: Addr::NONE,
             role: ROLE_ACCEPTED,
         };

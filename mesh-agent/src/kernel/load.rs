@@ -22,7 +22,7 @@ use mesh_abi::{ABI_SYMBOL, ABI_VERSION, Config, REASONS, maps as names, programs
 use parking_lot::Mutex;
 
 use super::{
-    Kernel, KernelConfig, KernelError, KernelLogger, cgroup, links,
+    Kernel, KernelConfig, KernelError, KernelLogger, Peers, cgroup, links,
     maps::{Listeners, Map, Maps},
     sys::{self, AttachType},
 };
@@ -67,6 +67,10 @@ pub fn attach(config: &KernelConfig, entry: &Config) -> Result<Kernel, KernelErr
     }
     let logger = if config.debug { logger(&mut ebpf) } else { None };
     let kernel = Kernel {
+        peers: Arc::new(Peers {
+            maps: maps.clone(),
+            next_tag: Mutex::new(0),
+        }),
         maps,
         steer_program,
         pin_dir: pin_dir.clone(),

@@ -192,22 +192,53 @@ pub struct Kernel {
     pin_dir: PathBuf,
     /// Enrolment and retirement write several maps; one at a time.
     writer: Mutex<()>,
+    /// Presented peers: see [`Peers`].
+    peers: Arc<Peers>,
     logger: Mutex<Option<KernelLogger>>,
     /// Shared lock on the pin directory: tells the next agent that this one lives.
     _generation: fs::File,
     resumed: bool,
 }
 
+/// The presented peers. A port may be bound again as soon as a socket is closed, that is before the guard of its last
+/// use is dropped: each presentation has a tag, and a guard removes its own only.
+struct Peers {
+    maps: Arc<Maps>,
+    next_tag: Mutex<u16>,
+}
+
 /// Shows a source's address to a destination's application; the entry goes when this is dropped.
 #[must_use]
 pub struct PeerGuard {
-    maps: Arc<Maps>,
+    peers: Arc<Peers>,
     key: FlowKey,
+    tag: u16,
+}
+
+impl Peers {
+    fn present(&self, key: &FlowKey, shown: SocketAddr) -> Result<u16, KernelError> {
+        let mut next_tag = self.next_tag.lock();
+        *next_tag = next_tag.wrapping_add(1);
+        let entry = Endpoint {
+            tag: *next_tag,
+            ..shown.into()
+        };
+        self.maps.peers.set(key, &entry)?;
+        Ok(entry.tag)
+    }
+
+    fn withdraw(&self, key: &FlowKey, tag: u16) -> Result<(), KernelError> {
+        let _nobody_presents = self.next_tag.lock();
+        match self.maps.peers.get(key)? {
+            Some(entry) if entry.tag == tag => self.maps.peers.delete(key),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Drop for PeerGuard {
     fn drop(&mut self) {
-        if let Err(error) = self.maps.peers.delete(&self.key) {
+        if let Err(error) = self.peers.withdraw(&self.key, self.tag) {
             tracing::warn!(%error, "removing a presented peer");
         }
     }
@@ -332,10 +363,11 @@ impl Kernel {
         shown: SocketAddr,
     ) -> Result<PeerGuard, KernelError> {
         let key = FlowKey::new(cookie.0, local.into());
-        self.maps.peers.set(&key, &shown.into())?;
+        let tag = self.peers.present(&key, shown)?;
         Ok(PeerGuard {
-            maps: self.maps.clone(),
+            peers: self.peers.clone(),
             key,
+            tag,
         })
     }
 
