@@ -436,8 +436,8 @@ pub(crate) fn identity_match(field: &Field) -> Option<IdentityMatch> {
     let Some(prefix) = text.strip_suffix('*') else {
         return match text.parse::<SpiffeId>() {
             Ok(identity) => Some(IdentityMatch::Exact(identity)),
-            Err(error) => {
-                field.refuse(format!("{} is not an identity: {error}", quoted(text)), EXPECTED);
+            Err(_) => {
+                field.refuse(format!("{} is not an identity", quoted(text)), EXPECTED);
                 None
             }
         };

@@ -8,8 +8,10 @@ use serde::{Serialize, Serializer};
 pub const REGEX_BYTES_MAX: usize = 1024;
 /// The most memory that one compiled regular expression may take.
 pub const REGEX_COMPILED_BYTES_MAX: usize = 1 << 20;
-/// The longest duration that the Gateway API form can say in one unit: 99999 hours.
+/// The most digits of one unit.
 const UNIT_DIGITS_MAX: usize = 5;
+/// The longest duration: what the form can say in its largest unit alone, eleven years.
+const MILLIS_MAX: u64 = 99_999 * 3_600_000;
 /// The units of a Gateway API duration, the most significant first.
 const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 
@@ -23,8 +25,9 @@ pub struct Duration(std::time::Duration);
 pub struct DurationError(pub String);
 
 impl Duration {
-    /// From whole milliseconds.
+    /// From whole milliseconds; brought down to the longest duration, 99999 hours.
     pub const fn from_millis(millis: u64) -> Duration {
+        let millis = if millis > MILLIS_MAX { MILLIS_MAX } else { millis };
         Duration(std::time::Duration::from_millis(millis))
     }
 
@@ -59,6 +62,9 @@ impl std::str::FromStr for Duration {
             let number: u64 = number.parse().map_err(|_| refused())?;
             millis += number * scale;
             rest = tail;
+            if millis > MILLIS_MAX {
+                return Err(refused());
+            }
             if rest.is_empty() {
                 return Ok(Duration::from_millis(millis));
             }
@@ -72,14 +78,6 @@ impl fmt::Display for Duration {
         let mut rest = u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX);
         if rest == 0 {
             return f.write_str("0s");
-        }
-        // 99999 is the most of one unit, so more hours than that are said as several terms, which the form allows.
-        let hours_max = 99_999;
-        let mut hours = rest / 3_600_000;
-        while hours > hours_max {
-            write!(f, "{hours_max}h")?;
-            rest -= hours_max * 3_600_000;
-            hours -= hours_max;
         }
         for (unit, scale) in UNITS {
             let count = rest / scale;
@@ -175,5 +173,50 @@ impl fmt::Debug for RegexPattern {
 impl Serialize for RegexPattern {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_parsed_or_refused() {
+        let cases = [
+            ("1h10m30s500ms", Some(4_230_500)),
+            ("10m1h", Some(4_200_000)),
+            ("1s1s", Some(2_000)),
+            ("0s", Some(0)),
+            ("99999h", Some(MILLIS_MAX)),
+            ("99999h1ms", None),
+            ("100000s", None),
+            ("1s1s1s1s1s", None),
+            ("", None),
+            ("1", None),
+            ("s", None),
+            ("1.5s", None),
+            ("-1s", None),
+            ("1 s", None),
+            ("1S", None),
+            ("1d", None),
+            ("1µs", None),
+        ];
+        for (text, millis) in cases {
+            let expected = millis.map(Duration::from_millis);
+            assert_eq!(text.parse::<Duration>().ok(), expected, "{text:?}");
+        }
+        assert_eq!("90m".parse::<Duration>().unwrap().to_string(), "1h30m");
+    }
+
+    #[test]
+    fn a_pattern_matches_the_whole_value() {
+        let pattern = RegexPattern::new("a|b.").unwrap();
+        assert!(pattern.matches("a") && pattern.matches("bc"));
+        assert!(!pattern.matches("ax") && !pattern.matches("xbc") && !pattern.matches("a\n"));
+        assert!(RegexPattern::new("a)(b").is_err());
+        assert_eq!(
+            RegexPattern::new(&"a".repeat(REGEX_BYTES_MAX + 1)),
+            Err(RegexError::TooLong)
+        );
     }
 }

@@ -195,8 +195,8 @@ impl Loader<'_> {
                 Open::List(items) => path.push_str(&format!("[{}]", items.len())),
                 Open::Map {
                     key: Some((key, _)), ..
-                } => path = super::join(&path, key),
-                Open::Map { key: None, .. } => {}
+                } if !key.is_empty() => path = super::join(&path, key),
+                Open::Map { .. } => {}
             }
         }
         path
