@@ -31,6 +31,18 @@ pub const SEND_BUFFER_BYTES: usize = 256 * 1024;
 /// Streams that were reset before they were served; more end the connection (rapid reset, CVE-2023-44487).
 const PENDING_RESETS_MAX: usize = 64;
 
+/// How connections to targets are made: windows that let one slow reader stop its own stream only, no server push.
+pub fn client_builder() -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_send_buffer_size(SEND_BUFFER_BYTES)
+        .max_header_list_size(32 * 1024)
+        .enable_push(false);
+    builder
+}
+
 /// Serves HTTP/2 streams of one source connection, each by a local task, until it ends or `drain` resolves and the
 /// streams under way are over. Must run within a [`tokio::task::LocalSet`]; dropping it ends its streams.
 pub async fn serve<H: Handler>(

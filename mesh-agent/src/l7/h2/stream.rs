@@ -381,7 +381,7 @@ impl Body {
 }
 
 /// Sends `data` as the reader's window allows. `Err` is the reason why the stream takes no more.
-async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes, ends: bool) -> Result<(), Reason> {
+pub(super) async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes, ends: bool) -> Result<(), Reason> {
     if data.is_empty() {
         return if ends {
             stream.send_data(data, true).map_err(|error| reason(&error))
