@@ -1,40 +1,35 @@
-//! The accept loops: from a listener in a pod's network namespace to a connection whose two addresses are known.
+//! A worker's thread and its accept loops: from a listener in a pod's network namespace to a connection whose two
+//! addresses are known. The control thread speaks to a worker by [`WorkerCommand`] alone.
 //!
 //! Which listener accepted says whose connection it is. Outbound, the kernel's record gives the destination that the
 //! application asked for; a connection without a record is reset, for nobody knows where it should go. Inbound, the
 //! socket's own local address is the original one. Nothing is read here and nothing decided.
 
-use std::{io, net::SocketAddr, os::fd::AsFd, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap, io, net::SocketAddr, os::fd::AsFd, rc::Rc, sync::Arc, thread::JoinHandle, time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::watch,
+    sync::{mpsc, watch},
 };
 
 use crate::{
     event::Refusal,
-    net, path,
-    pods::{Pod, PodListeners},
-    worker::Worker,
+    kernel::NetnsCookie,
+    net,
+    path::{self, Captured},
+    pods::{Pod, PodListeners, WorkerCommand},
+    worker::{Shared, Worker},
 };
+
+/// Commands that may wait for a worker.
+pub const COMMANDS_MAX: usize = 1024;
 
 /// How long an accept loop rests when the process is out of descriptors or memory.
 const REST: Duration = Duration::from_millis(50);
 /// How long a listener must have been empty after its pod's retirement before it closes.
 const LINGER: Duration = Duration::from_secs(1);
-
-/// A connection taken from a pod's application or steered to it.
-#[derive(Debug)]
-pub struct Captured {
-    /// The socket.
-    pub stream: TcpStream,
-    /// The pod in whose namespace it was taken.
-    pub pod: Arc<Pod>,
-    /// Who connected.
-    pub source: SocketAddr,
-    /// Where the source wanted to go.
-    pub original_destination: SocketAddr,
-}
 
 /// Which way a listener's connections go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,8 +38,55 @@ enum Direction {
     Inbound,
 }
 
+/// Starts a worker's thread.
+pub fn start(
+    index: usize,
+    shared: Arc<Shared>,
+    commands: mpsc::Receiver<WorkerCommand>,
+) -> io::Result<JoinHandle<io::Result<()>>> {
+    std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, run(shared, commands));
+        // Connections that outlive the drain's patience end with the runtime.
+        Ok(())
+    })
+}
+
+async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
+    let worker = Worker::new(shared);
+    let tunnels = worker.tunnels.clone();
+    let maintenance = tokio::task::spawn_local(async move { tunnels.maintain().await });
+    let mut serving: HashMap<NetnsCookie, watch::Sender<bool>> = HashMap::new();
+    while let Some(command) = commands.recv().await {
+        match command {
+            WorkerCommand::Serve(listeners) => {
+                let stop = serving.entry(listeners.pod.cookie()).or_insert_with(|| watch::Sender::new(false));
+                if *stop.borrow() {
+                    // The pod was retired and came back: the old acceptors end, new ones get a signal of their own.
+                    *stop = watch::Sender::new(false);
+                }
+                serve(&worker, listeners, stop.subscribe());
+            }
+            WorkerCommand::Retire(cookie) => {
+                if let Some(stop) = serving.remove(&cookie) {
+                    stop.send_replace(true);
+                }
+            }
+            WorkerCommand::Drain => break,
+        }
+    }
+    for stop in serving.values() {
+        stop.send_replace(true);
+    }
+    worker.tunnels.drain();
+    // Every connection holds a drain guard; the composition root bounds this wait.
+    worker.shared.drain.closing().await;
+    maintenance.abort();
+}
+
 /// Accepts on all of a pod's listeners until `stop` says that the pod is retired.
-pub fn serve(worker: &Rc<Worker>, listeners: PodListeners, stop: watch::Receiver<bool>) {
+fn serve(worker: &Rc<Worker>, listeners: PodListeners, stop: watch::Receiver<bool>) {
     let PodListeners { pod, outbound, inbound, serving } = listeners;
     let all = outbound
         .into_iter()

@@ -1,38 +1,31 @@
-//! A data worker: one thread, one current-thread runtime, one task per connection from accept to close.
+//! A data worker as its connections see it: what it has of its own, and what all workers share.
 //!
-//! A worker owns its listeners and its pool of tunnels, and shares with the others what must be one for the node: the
-//! view, credentials, traffic state, events and the kernel. A connection never changes its worker, so that a request
-//! costs no wake-up of another thread. The control thread speaks to a worker by [`WorkerCommand`] alone.
+//! A worker owns its pool of tunnels and a bounded number of places, and shares with the others what must be one for
+//! the node: the view, credentials, traffic state, events and the kernel. A connection never changes its worker, so that
+//! a request costs no wake-up of another thread. Its thread and its listeners are `capture`'s.
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, HashSet},
-    io,
+    collections::HashSet,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
-    thread::JoinHandle,
     time::{Duration, Instant, SystemTime},
 };
 
 use mesh_api::view::View;
-use tokio::sync::{mpsc, watch};
 
 use crate::{
-    capture,
     drain::Drain,
     event::Events,
     identity::CredentialStore,
-    kernel::{Kernel, NetnsCookie},
+    kernel::Kernel,
     net::{Clock, SystemClock},
-    pods::{Directory, WorkerCommand},
+    pods::Directory,
     traffic::Traffic,
     tunnel::{Pool, PoolConfig},
     view::Published,
 };
-
-/// Commands that may wait for a worker.
-pub const COMMANDS_MAX: usize = 1024;
 
 /// Destinations remembered as speaking first; above it the memory starts anew.
 const SPEAKS_FIRST_MAX: usize = 4096;
@@ -112,7 +105,8 @@ impl Drop for Place {
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>) -> Rc<Worker> {
+    /// A worker without listeners.
+    pub fn new(shared: Arc<Shared>) -> Rc<Worker> {
         let clock = SystemClock;
         let pool = PoolConfig { dial_timeout: shared.config.dial_timeout, ..PoolConfig::default() };
         let tunnels = Pool::new(pool, shared.credentials.clone(), Arc::new(clock));
@@ -151,51 +145,4 @@ impl Worker {
     pub fn wall(&self) -> SystemTime {
         self.clock.wall()
     }
-}
-
-/// Starts a worker's thread.
-pub fn start(
-    index: usize,
-    shared: Arc<Shared>,
-    commands: mpsc::Receiver<WorkerCommand>,
-) -> io::Result<JoinHandle<io::Result<()>>> {
-    std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let local = tokio::task::LocalSet::new();
-        local.block_on(&runtime, run(shared, commands));
-        // Connections that outlive the drain's patience end with the runtime.
-        Ok(())
-    })
-}
-
-async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
-    let worker = Worker::new(shared);
-    let tunnels = worker.tunnels.clone();
-    let maintenance = tokio::task::spawn_local(async move { tunnels.maintain().await });
-    let mut serving: HashMap<NetnsCookie, watch::Sender<bool>> = HashMap::new();
-    while let Some(command) = commands.recv().await {
-        match command {
-            WorkerCommand::Serve(listeners) => {
-                let stop = serving.entry(listeners.pod.cookie()).or_insert_with(|| watch::Sender::new(false));
-                if *stop.borrow() {
-                    // The pod was retired and came back: the old acceptors end, new ones get a signal of their own.
-                    *stop = watch::Sender::new(false);
-                }
-                capture::serve(&worker, listeners, stop.subscribe());
-            }
-            WorkerCommand::Retire(cookie) => {
-                if let Some(stop) = serving.remove(&cookie) {
-                    stop.send_replace(true);
-                }
-            }
-            WorkerCommand::Drain => break,
-        }
-    }
-    for stop in serving.values() {
-        stop.send_replace(true);
-    }
-    worker.tunnels.drain();
-    // Every connection holds a drain guard; the composition root bounds this wait.
-    worker.shared.drain.closing().await;
-    maintenance.abort();
 }

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    deliver, judge,
+    Captured, deliver, judge,
     judge::Denial,
     names,
     outbound::{outcome, stop},
@@ -30,7 +30,6 @@ use super::{
     target::{Kind, TargetStream},
 };
 use crate::{
-    capture::Captured,
     event::{ConnRecord, ConnectionSecurity, Outcome, Refusal},
     identity::PeerIdentity,
     l7::detect::Sniff,

@@ -20,4 +20,23 @@ pub mod sniff;
 pub mod target;
 pub mod way;
 
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::net::TcpStream;
+
+use crate::pods::Pod;
+
 pub use target::TargetStream;
+
+/// A connection taken from a pod's application or steered to it.
+#[derive(Debug)]
+pub struct Captured {
+    /// The socket.
+    pub stream: TcpStream,
+    /// The pod in whose namespace it was taken.
+    pub pod: Arc<Pod>,
+    /// Who connected.
+    pub source: SocketAddr,
+    /// Where the source wanted to go.
+    pub original_destination: SocketAddr,
+}

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    deliver, judge,
+    Captured, deliver, judge,
     judge::Denial,
     names,
     requests_out::{self, RequestsOut},
@@ -29,7 +29,6 @@ use super::{
     way::{self, Way},
 };
 use crate::{
-    capture::Captured,
     event::{ConnectionSecurity, Outcome, Refusal},
     l7::detect::Sniff,
     net,
