@@ -59,11 +59,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
     };
     ensure!(!chosen.is_empty(), "no such target; there are {}", targets.join(", "));
+    // The same versions as the workspace; cargo adds only what the fuzzer itself needs.
+    fs::copy(shell::root().join("Cargo.lock"), directory().join("Cargo.lock"))?;
     let build = directory().join("target");
     let mut command = shell::cargo();
     command
         .current_dir(directory())
-        .args(["build", "--release", "--locked", "--target", TRIPLE, "--target-dir"])
+        .args(["build", "--release", "--target", TRIPLE, "--target-dir"])
         .arg(&build)
         .env("CARGO_ENCODED_RUSTFLAGS", FLAGS.join("\x1f"));
     for name in &chosen {
