@@ -446,4 +446,18 @@ mod tests {
             assert_eq!(as_application_reads(path).as_deref(), reading, "{path}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn a_reading_is_absolute_and_plain(path in "(/|%2[fFeE]|\\\\|\\.|%|%%|[a-c]|é|%ff|\\PC){0,24}") {
+            let read = as_application_reads(&path);
+            let reading = read.as_deref().unwrap_or(&path);
+            let plain = |text: &str| {
+                !text.contains("//") && !text.contains('\\') && !text.split('/').any(|e| e == "." || e == "..")
+            };
+            proptest::prop_assert!(read.is_none() || (reading.starts_with('/') && plain(reading)), "{} {}", path, reading);
+            // What is left as it is has no escape and, below the root, nothing to resolve.
+            proptest::prop_assert!(read.is_some() || !path.starts_with('/') || plain(&path), "{}", path);
+        }
+    }
 }

@@ -100,6 +100,25 @@ fn endpoints_are_ready_workloads_at_their_own_target_port() {
 }
 
 #[test]
+fn a_selector_needs_all_of_its_labels_and_none_selects_nothing() {
+    let service = |selector: &str| {
+        view(&format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: s, namespace: shop}}, spec: {{clusterIP: 10.96.0.99, {selector} ports: [{{port: 80}}]}}}}"
+        ))
+    };
+    for (selector, count) in [
+        ("selector: {app: cart},", 2),
+        ("selector: {app: cart, version: v2},", 1),
+        ("selector: {version: v2, app: db},", 0),
+        ("selector: {app: nothing},", 0),
+        ("", 0),
+    ] {
+        let port = service_port(&service(selector), "10.96.0.99:80");
+        assert_eq!(port.backend.endpoints_v4.len(), count, "{selector}");
+    }
+}
+
+#[test]
 fn the_most_specific_match_wins() {
     let rules = format!(
         r#"
