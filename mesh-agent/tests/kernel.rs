@@ -646,6 +646,32 @@ fn removal_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_bpffs_is_mounted_where_there_is_none() {
+    let place = tempfile::tempdir().unwrap();
+    let instance = place.path().join("bpf");
+    let mounted = world::Mounted::at(&instance);
+    let mut world = World::with(|config| config.pin_dir = instance.join("node-abi1"));
+    let agent = world.capture(1);
+    world.in_pod(|| TcpStream::connect("203.0.113.7:80")).unwrap();
+    accept(&agent.outbound);
+    // The root of a bpffs will do as well.
+    let before = std::mem::replace(&mut world.config.pin_dir, instance.clone());
+    world.attach();
+    world.die();
+    Kernel::remove(&before).unwrap();
+    Kernel::remove(&instance).unwrap();
+    let left: Vec<_> = fs::read_dir(&instance)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert!(
+        left.iter().all(|name| name.to_string_lossy().ends_with(".debug")),
+        "{left:?}"
+    );
+    drop((world, mounted));
+}
+
+#[test]
 fn a_pod_without_ipv6_is_captured_for_ipv4_and_told_the_truth_about_ipv6() {
     let world = World::new();
     let mut agent = world.capture(1);

@@ -10,6 +10,8 @@ use std::{
     path::Path,
 };
 
+use mesh_abi::maps;
+
 use super::{
     KernelError, NetnsCookie,
     sys::{self, AttachType, LinkTarget},
@@ -132,25 +134,35 @@ pub fn update_steering(pin_dir: &Path, program: &impl AsFd) -> Result<BTreeSet<N
     Ok(alive)
 }
 
-/// Detaches and unpins everything in the directory, links before maps, and removes it.
+/// Detaches and unpins everything of ours in the directory, links before maps, and removes it.
 pub fn remove(pin_dir: &Path) -> Result<(), KernelError> {
     if !pin_dir.exists() {
         return Ok(());
     }
-    let names = pins(pin_dir)?;
     let bpffs = |source| KernelError::Bpffs {
         path: pin_dir.to_owned(),
         source,
     };
-    let is_link = |name: &&String| name.starts_with(STEER_PREFIX) || name.starts_with(CGROUP_PREFIX);
+    let names = pins(pin_dir)?;
     // Steering first: while it goes, a source's capture still protects what it sends.
     for prefix in [STEER_PREFIX, CGROUP_PREFIX] {
         for name in names.iter().filter(|name| name.starts_with(prefix)) {
             unpin(&pin_dir.join(name))?;
         }
     }
-    for name in names.iter().filter(|name| !is_link(name)) {
+    for name in names.iter().filter(|name| maps::ALL.contains(&name.as_str())) {
         fs::remove_file(pin_dir.join(name)).map_err(bpffs)?;
     }
-    fs::remove_dir(pin_dir).map_err(bpffs)
+    match fs::remove_dir(pin_dir) {
+        // A mount point, or a directory that others use too: what was ours in it is gone.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty
+            ) =>
+        {
+            Ok(())
+        }
+        result => result.map_err(bpffs),
+    }
 }

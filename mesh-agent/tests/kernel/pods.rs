@@ -275,7 +275,8 @@ async fn a_pod_that_cannot_be_captured_says_why() {
     let kernel = world.take_kernel();
     let (mut pods, mut workers) = pods(&kernel, 1);
     let good = workload(&world, "cart");
-    let cases: [(&str, fn(&mut Workload)); 5] = [
+    type Change = fn(&mut Workload);
+    let cases: [(&str, Change); 5] = [
         ("the pod names no network namespace", |w| w.netns = None),
         (
             "network namespace /run/netns/nmt-never-was: No such file or directory (os error 2)",

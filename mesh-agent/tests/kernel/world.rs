@@ -290,6 +290,25 @@ impl Drop for World {
     }
 }
 
+/// Unmounts what a test had mounted.
+pub struct Mounted(PathBuf);
+
+impl Mounted {
+    /// Whatever will be mounted there.
+    pub fn at(path: &Path) -> Mounted {
+        Mounted(path.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let status = Command::new("umount").arg(&self.0).status();
+        if !std::thread::panicking() {
+            assert!(status.unwrap().success(), "{} was mounted", self.0.display());
+        }
+    }
+}
+
 /// A cgroup below the root of the hierarchy.
 pub struct Cgroup(PathBuf);
 
