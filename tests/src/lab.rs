@@ -554,7 +554,21 @@ impl Lab {
         Ok(text)
     }
 
-    /// What an agent wrote: its log and its access log.
+    /// The records of an agent's access log: one for each connection and request.
+    pub fn access_log(&self, node: &str) -> Result<Vec<Json>> {
+        let file = mesh::access_log(&self.name, node);
+        let text = match fs::read_to_string(&file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error).with_context(|| format!("read {}", file.display())),
+        };
+        // The last line may be half written.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let record = |line| serde_json::from_str(line).with_context(|| format!("{}: {line}", file.display()));
+        whole.lines().map(record).collect()
+    }
+
+    /// What an agent wrote to its diagnostic log.
     pub fn agent_log(&self, node: &str) -> Result<String> {
         Ok(String::from_utf8_lossy(&fs::read(mesh::agent_log(&self.name, node))?).into_owned())
     }

@@ -71,6 +71,11 @@ pub fn agent_log(lab: &str, node: &str) -> PathBuf {
     state::directory(lab).join("logs").join(format!("agent-{node}.log"))
 }
 
+/// The access log of an agent: one JSON object per connection and request.
+pub fn access_log(lab: &str, node: &str) -> PathBuf {
+    state::directory(lab).join("logs").join(format!("access-{node}.jsonl"))
+}
+
 /// The log of the controller.
 pub fn controller_log(lab: &str) -> PathBuf {
     state::directory(lab).join("logs/controller.log")
@@ -195,13 +200,16 @@ pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child
         program(state, "mesh-agent")?,
         "run".into(),
         format!("--node={node}"),
-        format!("--controller=https://{}:{CONTROLLER_PORT}", address.v4),
+        format!("--controller={}:{CONTROLLER_PORT}", address.v4),
         format!("--join-token-file={}", token.display()),
         format!("--trust-bundle={}", directory.join("trust-bundle.pem").display()),
         format!("--state-dir={}", directory.join("state").display()),
         format!("--cgroup={}", lab_cgroup.join(node).display()),
-        format!("--pin-dir={}", pins.display()),
+        format!("--pin-root={}", pins.display()),
+        format!("--instance={node}"),
         format!("--admin-socket={}", admin_socket(lab, node).display()),
+        format!("--access-log-path={}", access_log(lab, node).display()),
+        "--log-format=text".into(),
     ];
     argv.extend(state.agent_args.iter().cloned());
     process::detach(site.run(&argv), &agent_log(lab, node))
