@@ -4,6 +4,9 @@
 //! decision mixes two revisions. A publication touches no connection: relays wait on [`Published::changed`] and judge
 //! their permit again. A holder must never publish an older revision than it shows.
 
+pub mod snapshot;
+pub mod sync;
+
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::{ArcSwap, Guard};
@@ -15,6 +18,9 @@ pub struct Published<T> {
     current: Arc<ArcSwap<T>>,
     changes: watch::Sender<u64>,
 }
+
+/// The view that the agent serves by.
+pub type ViewStore = Published<mesh_api::view::View>;
 
 /// A reader of one task: costs one comparison while nothing changes and shares no reference count with other cores.
 pub struct Reader<T> {

@@ -163,6 +163,19 @@ fn resources(received: Vec<pb::Resource>) -> Result<Vec<Resource>, WireError> {
     received.into_iter().map(Resource::try_from).collect()
 }
 
+impl pb::ControllerMessage {
+    /// The revision that the message would lead to; 0 if it says none. Read before the conversion, so that a message
+    /// which does not convert can be nacked by its number.
+    pub fn revision(&self) -> Revision {
+        use pb::controller_message::Message;
+        Revision(match &self.message {
+            Some(Message::Snapshot(snapshot)) => snapshot.revision,
+            Some(Message::Delta(delta)) => delta.to,
+            None => 0,
+        })
+    }
+}
+
 impl TryFrom<pb::ControllerMessage> for Update {
     type Error = WireError;
 
