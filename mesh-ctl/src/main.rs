@@ -1,1 +1,114 @@
-fn main() {}
+//! `mesh-ctl`: the operator's command line, and the controller as a subcommand.
+//!
+//! The command line speaks to the controller's Unix socket and to nothing else; it decides nothing that the controller
+//! would decide otherwise. Tables are for people, `-o json` for programs. Results go to standard output, everything
+//! else to standard error, and the exit code says what came of it.
+
+#![forbid(unsafe_code)]
+
+mod connect;
+mod controller;
+mod explain;
+mod join;
+mod output;
+mod policy;
+mod status;
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{CommandFactory, Parser};
+
+use crate::connect::Failure;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  refused or failed: a document is invalid, an agent refused a revision, something is not there
+  2  the command line is wrong
+  3  no controller answers on the socket
+  4  the time is over (--wait --timeout)";
+
+/// Nodemesh's operator command line and controller.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-ctl", version, after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
+struct Arguments {
+    /// The controller's socket.
+    #[arg(long, global = true, value_name = "PATH", env = "MESH_CTL_SOCKET", default_value = connect::SOCKET_DEFAULT)]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Documents in and out: apply, get, delete, check, explain.
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
+    /// Agents, the revision each holds, its pods and certificates.
+    Status(status::StatusArgs),
+    /// Versions of this program and of the controller.
+    Version(join::VersionArgs),
+    /// Join tokens for agents.
+    #[command(subcommand)]
+    Token(join::TokenCommand),
+    /// The trust bundle as PEM, for agents to verify the controller by.
+    Bundle,
+    /// Run the controller.
+    Controller(Box<controller::ControllerConfig>),
+    /// A completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A duration in the Gateway API's form.
+fn duration(text: &str) -> Result<Duration, String> {
+    let duration: mesh_api::policy::Duration = text
+        .parse()
+        .map_err(|e: mesh_api::policy::DurationError| format!("{e}, such as 90s or 1h30m"))?;
+    Ok(duration.as_std())
+}
+
+async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let socket = arguments.socket;
+    match arguments.command {
+        Command::Policy(command) => policy::run(command, socket).await,
+        Command::Status(args) => status::run(args, socket).await,
+        Command::Version(args) => join::version(args, socket).await,
+        Command::Token(command) => join::token(command, socket).await,
+        Command::Bundle => join::bundle(socket).await,
+        Command::Controller(config) => controller::run(*config)
+            .await
+            .map_err(|error| Failure::refused(format!("{error:#}"))),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "mesh-ctl", &mut script);
+            output::print(&String::from_utf8_lossy(&script));
+            Ok(())
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // Fails only if there is a default already, which is then as good.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let runtime = match &arguments.command {
+        Command::Controller(_) => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
+        _ => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+    };
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(run(arguments)),
+        Err(error) => Err(Failure::refused(format!("cannot start: {error}"))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            for line in failure.lines() {
+                eprintln!("error: {line}");
+            }
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! The index: the documents, the revision that they make, and what agents are told of it.
+//!
+//! One lock guards the documents; whoever changes them validates, commits to the store, and only then publishes the
+//! compiled revision. Readers take whole [`Compiled`] values and never see half an apply. A stored document that this
+//! program cannot read stays in the store; if it is a policy, what it guards is unknown, so nothing new is published
+//! until it is replaced or deleted: agents keep what they have.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use mesh_api::{
+    document::{Change, Document, DocumentKey, DocumentSet, Kind, Problem, Resource, ResourceKey, parse},
+    identity::{SpiffeId, TrustDomain},
+    workload::Revision,
+};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::store::{self, RevisionRecord, Store, StoreError, Stored};
+
+/// How many documents the controller holds at most.
+pub const DOCUMENTS_MAX: usize = 100_000;
+/// How many compiled revisions are kept for agents that resume.
+const COMPILED_MAX: usize = 8;
+
+/// One revision as agents see it, before the node's filter.
+pub struct Compiled {
+    /// Its number.
+    pub revision: Revision,
+    /// Its resources. Those that did not change are shared with the revision before.
+    pub resources: BTreeMap<ResourceKey, Arc<Resource>>,
+    /// Which identities each node runs.
+    identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>>,
+}
+
+/// What an apply or delete came to.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// The revision that holds now.
+    pub revision: Revision,
+    /// What happened to each document, in the order given.
+    pub changes: Vec<(DocumentKey, Change)>,
+    /// Why nothing was changed; empty if it was.
+    pub problems: Vec<Problem>,
+    /// What is odd but was accepted.
+    pub warnings: Vec<Problem>,
+}
+
+/// A stored document that this program cannot read.
+#[derive(Clone, Debug)]
+pub struct Unreadable {
+    /// `Kind/namespace/name`.
+    pub key: String,
+    /// Why.
+    pub why: String,
+}
+
+struct State {
+    revision: Revision,
+    made: SystemTime,
+    stored: BTreeMap<String, Stored>,
+    set: DocumentSet,
+    unreadable: BTreeMap<String, String>,
+    current: Arc<Compiled>,
+    /// Newest last.
+    recent: VecDeque<Arc<Compiled>>,
+}
+
+/// See the module.
+pub struct Index {
+    store: Arc<Store>,
+    trust_domain: TrustDomain,
+    state: Mutex<State>,
+    published: watch::Sender<Option<Arc<Compiled>>>,
+    /// Agents that hold an older revision got it from a program that may have compiled it otherwise.
+    resume_floor: u64,
+}
+
+/// The key as the store writes it.
+pub fn text_key(kind: &str, namespace: &str, name: &str) -> String {
+    let (kind, namespace) = match Kind::find(kind) {
+        Some(kind) if kind.is_namespaced() => (kind.as_str(), namespace),
+        Some(kind) => (kind.as_str(), ""),
+        None => (kind, namespace),
+    };
+    format!("{kind}/{namespace}/{name}")
+}
+
+fn text_of(key: &DocumentKey) -> String {
+    text_key(key.kind.as_str(), &key.namespace, &key.name)
+}
+
+/// The parts of a stored key.
+pub fn key_parts(key: &str) -> (&str, &str, &str) {
+    let mut parts = key.splitn(3, '/');
+    let mut next = || parts.next().unwrap_or_default();
+    (next(), next(), next())
+}
+
+fn milliseconds(time: SystemTime) -> u64 {
+    u64::try_from(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Reads a stored document; the error says why it cannot be.
+fn read(key: &str, stored: &Stored) -> Result<Document, String> {
+    let documents = parse("store", &stored.document.to_string())
+        .map_err(|problems| problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("; "))?;
+    let [document] = <[Document; 1]>::try_from(documents).map_err(|all| format!("{} documents", all.len()))?;
+    let found = text_of(&document.key());
+    if found != key {
+        return Err(format!("it says that it is {found}"));
+    }
+    let mut document = document;
+    document.meta_mut().generation = stored.generation;
+    Ok(document)
+}
+
+/// Reads all stored documents, and says which cannot be.
+fn read_all(stored: &BTreeMap<String, Stored>) -> (DocumentSet, BTreeMap<String, String>) {
+    let mut set = DocumentSet::new();
+    let mut unreadable = BTreeMap::new();
+    for (key, stored) in stored {
+        match read(key, stored) {
+            Ok(document) => {
+                set.insert(document);
+            }
+            Err(why) => {
+                unreadable.insert(key.clone(), why);
+            }
+        }
+    }
+    (set, unreadable)
+}
+
+/// Whether an unreadable document may be one that guards. A kind that is not known may be.
+fn may_guard(key: &str) -> bool {
+    Kind::find(key_parts(key).0).is_none_or(Kind::is_policy)
+}
+
+impl Compiled {
+    fn new(revision: Revision, set: &DocumentSet, domain: &TrustDomain, before: Option<&Compiled>) -> Compiled {
+        let mut resources = BTreeMap::new();
+        let mut identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>> = BTreeMap::new();
+        for resource in set.resources(domain) {
+            if let Resource::Workload(workload) = &resource {
+                let on_node = identities.entry(workload.node.clone()).or_default();
+                on_node.insert(workload.identity.clone());
+            }
+            let key = resource.key();
+            let shared = before
+                .and_then(|before| before.resources.get(&key))
+                .filter(|old| ***old == resource)
+                .cloned();
+            resources.insert(key, shared.unwrap_or_else(|| Arc::new(resource)));
+        }
+        Compiled {
+            revision,
+            resources,
+            identities,
+        }
+    }
+
+    /// Whether a workload with that identity runs on that node.
+    pub fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
+        self.identities.get(node).is_some_and(|all| all.contains(identity))
+    }
+}
+
+impl Index {
+    /// Reads the store.
+    pub fn open(store: Arc<Store>, trust_domain: TrustDomain) -> Result<Index, StoreError> {
+        let loaded = store.load()?;
+        let revision = Revision(loaded.revision);
+        let made = match store.history_after(loaded.revision.saturating_sub(1))?.first() {
+            Some(record) => UNIX_EPOCH + Duration::from_millis(record.time_ms),
+            None => UNIX_EPOCH,
+        };
+        let (set, unreadable) = read_all(&loaded.documents);
+        for (key, why) in &unreadable {
+            tracing::error!(document = %key, %why, "a stored document cannot be read; it is kept");
+        }
+        // An agent may still hold what cannot be read here, so this program does not know what a delta would start from.
+        let resume_floor = match unreadable.is_empty() {
+            true => resume_floor(&store, loaded.revision)?,
+            false => loaded.revision + 1,
+        };
+        let current = Arc::new(Compiled::new(revision, &set, &trust_domain, None));
+        let index = Index {
+            store,
+            trust_domain,
+            state: Mutex::new(State {
+                revision,
+                made,
+                stored: loaded.documents,
+                set,
+                unreadable,
+                current,
+                recent: VecDeque::new(),
+            }),
+            published: watch::Sender::new(None),
+            resume_floor,
+        };
+        index.publish(&mut index.state.lock());
+        Ok(index)
+    }
+
+    /// The trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    fn publish(&self, state: &mut State) {
+        if state
+            .recent
+            .back()
+            .is_none_or(|last| last.revision != state.current.revision)
+        {
+            state.recent.push_back(state.current.clone());
+            while state.recent.len() > COMPILED_MAX {
+                state.recent.pop_front();
+            }
+        }
+        if state.unreadable.keys().any(|key| may_guard(key)) {
+            tracing::error!("nothing is sent to agents while a stored policy cannot be read");
+        } else {
+            self.published.send_replace(Some(state.current.clone()));
+        }
+    }
+
+    /// What agents are to hold; `None` while it is withheld and nothing was published before.
+    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Compiled>>> {
+        self.published.subscribe()
+    }
+
+    /// The newest revision as compiled, published or not.
+    pub fn current(&self) -> Arc<Compiled> {
+        self.state.lock().current.clone()
+    }
+
+    /// The newest revision, when it was made, and how many documents it has.
+    pub fn summary(&self) -> (Revision, SystemTime, usize) {
+        let state = self.state.lock();
+        (state.revision, state.made, state.stored.len())
+    }
+
+    /// Stored documents that cannot be read, and whether that withholds revisions from agents.
+    pub fn unreadable(&self) -> (Vec<Unreadable>, bool) {
+        let state = self.state.lock();
+        let all = state.unreadable.iter().map(|(key, why)| Unreadable {
+            key: key.clone(),
+            why: why.clone(),
+        });
+        (all.collect(), state.unreadable.keys().any(|key| may_guard(key)))
+    }
+
+    /// The stored documents that match; an empty field matches everything.
+    pub fn get(&self, kind: &str, namespace: &str, name: &str) -> (Revision, Vec<(String, Stored, String)>) {
+        let kind = Kind::find(kind).map_or(kind, |kind| kind.as_str());
+        let state = self.state.lock();
+        let matches = |key: &str| {
+            let parts = key_parts(key);
+            (kind.is_empty() || parts.0 == kind)
+                && (namespace.is_empty() || parts.1 == namespace)
+                && (name.is_empty() || parts.2 == name)
+        };
+        let found = state
+            .stored
+            .iter()
+            .filter(|(key, _)| matches(key))
+            .map(|(key, stored)| {
+                let why = state.unreadable.get(key).cloned().unwrap_or_default();
+                (key.clone(), stored.clone(), why)
+            });
+        (state.revision, found.collect())
+    }
+
+    /// The revision of that number as it was compiled, if an agent that holds it can be brought on from it.
+    pub fn compiled_at(&self, revision: Revision) -> Option<Arc<Compiled>> {
+        let (stored, newest) = {
+            let state = self.state.lock();
+            if revision.0 == 0 || revision > state.revision || revision.0 < self.resume_floor {
+                return None;
+            }
+            if let Some(found) = state.recent.iter().find(|c| c.revision == revision) {
+                return Some(found.clone());
+            }
+            (state.stored.clone(), state.revision)
+        };
+        let compiled = match self.rebuild(revision, newest, stored) {
+            Ok(compiled) => compiled?,
+            Err(error) => {
+                tracing::warn!(%error, %revision, "the history cannot be read");
+                return None;
+            }
+        };
+        let compiled = Arc::new(compiled);
+        let mut state = self.state.lock();
+        if state.recent.iter().all(|c| c.revision != revision) {
+            // Before the newest, which stays last.
+            state.recent.push_front(compiled.clone());
+            while state.recent.len() > COMPILED_MAX {
+                state.recent.pop_front();
+            }
+        }
+        Some(compiled)
+    }
+
+    fn rebuild(
+        &self,
+        revision: Revision,
+        newest: Revision,
+        mut stored: BTreeMap<String, Stored>,
+    ) -> Result<Option<Compiled>, StoreError> {
+        let mut records = self.store.history_after(revision.0)?;
+        // An apply may have come in between.
+        records.retain(|record| record.revision <= newest.0);
+        if records.len() as u64 != newest.0 - revision.0 {
+            return Ok(None);
+        }
+        for change in records.into_iter().flat_map(|record| record.changes) {
+            match change.before {
+                Some(before) => stored.insert(change.key, before),
+                None => stored.remove(&change.key),
+            };
+        }
+        let (set, unreadable) = read_all(&stored);
+        let known = unreadable.is_empty();
+        Ok(known.then(|| Compiled::new(revision, &set, &self.trust_domain, None)))
+    }
+
+    /// Validates all sources together and makes them the next revision, or changes nothing. Blocks on the disk.
+    pub fn apply(&self, sources: &[(String, String)], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
+        let mut problems = Vec::new();
+        let mut documents: Vec<(String, Document)> = Vec::new();
+        let mut seen: BTreeMap<DocumentKey, String> = BTreeMap::new();
+        for (name, yaml) in sources {
+            match parse(name, yaml) {
+                Ok(parsed) => {
+                    for document in parsed {
+                        if let Some(first) = seen.insert(document.key(), name.clone()) {
+                            problems.push(plain_problem(
+                                name,
+                                format!("{} is in {first} already", document.key()),
+                                "each document once",
+                            ));
+                        }
+                        documents.push((name.clone(), document));
+                    }
+                }
+                Err(found) => problems.extend(found),
+            }
+        }
+        let mut state = self.state.lock();
+        let mut outcome = Outcome {
+            revision: state.revision,
+            problems,
+            ..Outcome::default()
+        };
+        if !outcome.problems.is_empty() {
+            return Ok(outcome);
+        }
+        let mut set = state.set.clone();
+        let mut records = Vec::new();
+        let revision = Revision(state.revision.0 + 1);
+        for (_, mut document) in documents {
+            let key = document.key();
+            let text = text_of(&key);
+            let before = state.stored.get(&text).cloned();
+            let change = match (&before, state.set.get(&key)) {
+                (None, _) => Change::Created,
+                (Some(_), Some(old)) if old.same_as(&document) => Change::Unchanged,
+                (Some(_), _) => Change::Changed,
+            };
+            outcome.changes.push((key, change));
+            if change == Change::Unchanged {
+                continue;
+            }
+            document.meta_mut().generation = 0;
+            let generation = before.as_ref().map_or(0, |stored| stored.generation) + 1;
+            let after = Stored {
+                generation,
+                revision: revision.0,
+                document: document.to_json(),
+            };
+            document.meta_mut().generation = generation;
+            set.insert(document);
+            records.push(store::Change {
+                key: text,
+                before,
+                after: Some(after),
+            });
+        }
+        if set.len() > DOCUMENTS_MAX {
+            outcome.changes.clear();
+            let expected = format!("at most {DOCUMENTS_MAX}");
+            outcome.problems = vec![plain_problem(
+                "",
+                format!("this makes {} documents", set.len()),
+                &expected,
+            )];
+            return Ok(outcome);
+        }
+        outcome.warnings = set.validate();
+        self.finish(&mut state, set, records, dry_run, now, &mut outcome)?;
+        Ok(outcome)
+    }
+
+    /// Deletes documents by `Kind/namespace/name`; one that is not there is a warning. Blocks on the disk.
+    pub fn delete(&self, keys: &[String], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
+        let mut state = self.state.lock();
+        let mut outcome = Outcome {
+            revision: state.revision,
+            ..Outcome::default()
+        };
+        let mut set = state.set.clone();
+        let mut records = Vec::new();
+        for text in keys.iter().collect::<BTreeSet<_>>() {
+            let (kind, namespace, name) = key_parts(text);
+            let Some(before) = state.stored.get(text).cloned() else {
+                let message = format!("{kind} {namespace}/{name} is not there");
+                outcome.warnings.push(plain_problem("", message, ""));
+                continue;
+            };
+            if let Some(kind) = Kind::find(kind) {
+                let key = DocumentKey::new(kind, namespace, name);
+                set.remove(&key);
+                outcome.changes.push((key, Change::Removed));
+            }
+            records.push(store::Change {
+                key: text.clone(),
+                before: Some(before),
+                after: None,
+            });
+        }
+        self.finish(&mut state, set, records, dry_run, now, &mut outcome)?;
+        Ok(outcome)
+    }
+
+    fn finish(
+        &self,
+        state: &mut State,
+        set: DocumentSet,
+        changes: Vec<store::Change>,
+        dry_run: bool,
+        now: SystemTime,
+        outcome: &mut Outcome,
+    ) -> Result<(), StoreError> {
+        if dry_run || changes.is_empty() {
+            return Ok(());
+        }
+        let revision = Revision(state.revision.0 + 1);
+        let record = RevisionRecord {
+            revision: revision.0,
+            time_ms: milliseconds(now),
+            changes,
+        };
+        self.store.commit(&record)?;
+        for change in record.changes {
+            state.unreadable.remove(&change.key);
+            match change.after {
+                Some(after) => state.stored.insert(change.key, after),
+                None => state.stored.remove(&change.key),
+            };
+        }
+        state.set = set;
+        state.revision = revision;
+        state.made = now;
+        state.current = Arc::new(Compiled::new(
+            revision,
+            &state.set,
+            &self.trust_domain,
+            Some(&state.current),
+        ));
+        self.publish(state);
+        tracing::info!(%revision, documents = state.stored.len(), "a new revision");
+        outcome.revision = revision;
+        Ok(())
+    }
+}
+
+fn plain_problem(source: &str, message: String, expected: &str) -> Problem {
+    Problem {
+        source: source.to_owned(),
+        line: None,
+        path: String::new(),
+        message,
+        expected: expected.to_owned(),
+    }
+}
+
+/// Another version of this program may compile the same documents otherwise, so what agents got from it is no base for
+/// a delta.
+fn resume_floor(store: &Store, revision: u64) -> Result<u64, StoreError> {
+    let program = env!("CARGO_PKG_VERSION").as_bytes();
+    if store.setting("program")?.as_deref() == Some(program) {
+        let floor = store.setting("resume.floor")?.and_then(|bytes| bytes.try_into().ok());
+        return Ok(floor.map_or(revision + 1, u64::from_le_bytes));
+    }
+    let floor = revision + 1;
+    store.put_settings(&[("program", program), ("resume.floor", &floor.to_le_bytes())])?;
+    Ok(floor)
+}

@@ -1,0 +1,169 @@
+//! `mesh-ctl policy explain`: what the agents would decide, by the same functions, over the controller's documents.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use mesh_api::{
+    document::{Document, DocumentSet, Resource, parse},
+    explain::{PlainRequest, Verdict, explain},
+    identity::TrustDomain,
+    view::View,
+    wire::operator::{GetRequest, StatusRequest},
+    workload::{ObjectName, Revision},
+};
+
+use crate::{
+    connect::{CALL_TIMEOUT, Failure, connect},
+    output::{Format, Table, print, print_value},
+    policy::read_sources,
+};
+
+/// Arguments of `explain`.
+#[derive(Debug, clap::Args)]
+pub struct ExplainArgs {
+    /// The pod that asks.
+    #[arg(long, value_name = "NS/POD")]
+    from: String,
+    /// What it connects to: an address, a service (`cart`, `cart.shop`, `cart.shop.svc.cluster.local`) or a pod
+    /// (`shop/cart-1`), and a port.
+    #[arg(long, value_name = "HOST:PORT")]
+    to: String,
+    /// The request's method; without any of --method, --path and --header a TCP connection is explained.
+    #[arg(long, value_name = "METHOD")]
+    method: Option<String>,
+    /// The request's path and query.
+    #[arg(long, value_name = "PATH")]
+    path: Option<String>,
+    /// A header of the request, as `name: value`; may be given again.
+    #[arg(long, value_name = "NAME: VALUE")]
+    header: Vec<String>,
+    /// The request's authority; the host of --to if absent.
+    #[arg(long, value_name = "HOST")]
+    host: Option<String>,
+    /// Explain by these files instead of the controller's documents.
+    #[arg(short, long = "filename", value_name = "FILE|DIR|-")]
+    filenames: Vec<PathBuf>,
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+fn name_of(text: &str) -> Result<ObjectName, Failure> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok(ObjectName::new(namespace, name)),
+        _ => Err(Failure::Usage(format!("{text:?}: expected NS/POD"))),
+    }
+}
+
+/// The address that the source's `connect` would get for a host.
+fn resolve(host: &str, namespace: &str, resources: &[Resource]) -> Option<IpAddr> {
+    if let Ok(address) = host.trim_matches(['[', ']']).parse() {
+        return Some(address);
+    }
+    if let Some((namespace, name)) = host.split_once('/') {
+        return resources.iter().find_map(|resource| match resource {
+            Resource::Workload(pod) if *pod.name.namespace == *namespace && *pod.name.name == *name => {
+                pod.addresses.first().copied()
+            }
+            _ => None,
+        });
+    }
+    let host = host.trim_end_matches('.');
+    let short = host
+        .strip_suffix(".svc.cluster.local")
+        .or(host.strip_suffix(".svc"))
+        .unwrap_or(host);
+    let (name, namespace) = short.split_once('.').unwrap_or((short, namespace));
+    let service = resources.iter().find_map(|resource| match resource {
+        Resource::Service(service) if *service.name.namespace == *namespace && *service.name.name == *name => {
+            Some(service)
+        }
+        _ => None,
+    })?;
+    // A headless service's name leads to its pods.
+    let pod = || {
+        resources.iter().find_map(|resource| match resource {
+            Resource::Workload(pod) if service.selects(pod) => pod.addresses.first().copied(),
+            _ => None,
+        })
+    };
+    service.addresses.first().copied().or_else(pod)
+}
+
+async fn documents(args: &ExplainArgs, socket: PathBuf) -> Result<(DocumentSet, TrustDomain, Revision), Failure> {
+    let lines = |problems: Vec<mesh_api::document::Problem>| {
+        Failure::Refused(problems.iter().map(ToString::to_string).collect())
+    };
+    if !args.filenames.is_empty() {
+        let mut set = DocumentSet::new();
+        for source in read_sources(&args.filenames)? {
+            set.extend(parse(&source.name, &source.yaml).map_err(lines)?);
+        }
+        let domain = TrustDomain::new("cluster.local").map_err(|e| Failure::refused(e.to_string()))?;
+        return Ok((set, domain, Revision(0)));
+    }
+    let mut client = connect(socket, CALL_TIMEOUT).await?;
+    let status = client.status(StatusRequest {}).await?.into_inner();
+    let domain = TrustDomain::new(&status.trust_domain).map_err(|e| Failure::refused(e.to_string()))?;
+    let response = client.get(GetRequest::default()).await?.into_inner();
+    let mut set = DocumentSet::new();
+    for stored in response.documents.iter().filter(|stored| stored.unreadable.is_empty()) {
+        let key = stored.key.clone().unwrap_or_default();
+        let source = format!("{} {}/{}", key.kind, key.namespace, key.name);
+        let parsed: Vec<Document> = parse(&source, &stored.json).map_err(lines)?;
+        set.extend(parsed);
+    }
+    Ok((set, domain, Revision(response.revision)))
+}
+
+/// Runs `mesh-ctl policy explain`. A refused request is a result, not a failure of the command.
+pub async fn run(args: ExplainArgs, socket: PathBuf) -> Result<(), Failure> {
+    let from = name_of(&args.from)?;
+    let to = args
+        .to
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    let (host, port): (&str, u16) = to.ok_or_else(|| Failure::Usage(format!("{:?}: expected HOST:PORT", args.to)))?;
+    let (set, domain, revision) = documents(&args, socket).await?;
+    let resources = set.resources(&domain);
+    let address = resolve(host, &from.namespace, &resources)
+        .ok_or_else(|| Failure::refused(format!("{host} is neither an address nor a service or pod with one")))?;
+    let asks = args.method.is_some() || args.path.is_some() || !args.header.is_empty();
+    let request = asks.then(|| {
+        let (method, path) = (
+            args.method.as_deref().unwrap_or("GET"),
+            args.path.as_deref().unwrap_or("/"),
+        );
+        PlainRequest::new(method, path, args.host.as_deref().unwrap_or(host))
+    });
+    let request = args.header.iter().try_fold(request, |request, header| {
+        let (name, value) = header
+            .split_once(':')
+            .ok_or_else(|| Failure::Usage(format!("{header:?}: expected NAME: VALUE")))?;
+        Ok::<_, Failure>(request.map(|request| request.with_header(name.trim(), value.trim())))
+    })?;
+    let view = View::compile(domain, revision, &resources);
+    let explanation = explain(&view, &from, SocketAddr::new(address, port), request.as_ref());
+    if args.output != Format::Table {
+        return print_value(&explanation, args.output);
+    }
+    let mut table = Table::new(&["STAGE", "OUTCOME", "RULE"]);
+    for step in &explanation.steps {
+        table.row([
+            step.stage.to_owned(),
+            step.outcome.clone(),
+            step.rule.clone().unwrap_or_default(),
+        ]);
+    }
+    let verdict = match explanation.verdict {
+        Verdict::Served => "served",
+        Verdict::Answered => "answered on the way",
+        Verdict::Refused => "refused",
+        Verdict::Depends => "it depends",
+        Verdict::Untouched => "not the mesh's business",
+    };
+    print(&format!("{table}\n{verdict} (revision {})\n", explanation.revision));
+    Ok(())
+}

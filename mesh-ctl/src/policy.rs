@@ -1,0 +1,530 @@
+//! `mesh-ctl policy`: documents in and out.
+
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use mesh_api::{
+    document::{DEFAULT_NAMESPACE, DocumentKey, DocumentSet, Kind, Problem, parse},
+    wire::operator::{
+        ApplyRequest, Change, DeleteRequest, DocumentChange, DocumentKey as WireKey, GetRequest,
+        Problem as WireProblem, Source, WaitAckedRequest,
+    },
+};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{
+    connect::{CALL_TIMEOUT, Failure, connect},
+    explain::{self, ExplainArgs},
+    output::{Format, Table, print, print_value},
+};
+
+/// The most files that one command reads.
+const SOURCES_MAX: usize = 10_000;
+
+/// Documents in and out.
+#[derive(Debug, clap::Subcommand)]
+pub enum PolicyCommand {
+    /// Create or change documents: all of them as one new revision, or none.
+    Apply(ApplyArgs),
+    /// Show documents.
+    Get(GetArgs),
+    /// Delete documents.
+    Delete(DeleteArgs),
+    /// Validate documents without a controller.
+    Check(CheckArgs),
+    /// Say what would happen to a request, and by which rule.
+    Explain(ExplainArgs),
+}
+
+/// How long to wait for agents.
+#[derive(Debug, clap::Args)]
+pub struct WaitArgs {
+    /// Return only when every connected agent holds the new revision; fail if one refuses it.
+    #[arg(long)]
+    wait: bool,
+    /// How long --wait waits.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::duration)]
+    timeout: Duration,
+}
+
+/// Arguments of `apply`.
+#[derive(Debug, clap::Args)]
+pub struct ApplyArgs {
+    /// A file, a directory (its *.yaml, *.yml and *.json) or - for standard input; may be given again.
+    #[arg(short, long = "filename", value_name = "FILE|DIR|-", required = true)]
+    filenames: Vec<PathBuf>,
+    /// Say what would change, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// Arguments of `get`.
+#[derive(Debug, clap::Args)]
+pub struct GetArgs {
+    /// KIND or KIND/NAME, such as `httproute` or `Service/cart`; all kinds if absent.
+    #[arg(value_name = "KIND[/NAME]")]
+    what: Option<String>,
+    /// The document's name.
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    /// Only this namespace.
+    #[arg(short, long, value_name = "NS", conflicts_with = "all_namespaces")]
+    namespace: Option<String>,
+    /// All namespaces (the default).
+    #[arg(short = 'A', long)]
+    all_namespaces: bool,
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// Arguments of `delete`.
+#[derive(Debug, clap::Args)]
+pub struct DeleteArgs {
+    /// KIND/NAME, or KIND.
+    #[arg(
+        value_name = "KIND[/NAME]",
+        required_unless_present = "filenames",
+        conflicts_with = "filenames"
+    )]
+    what: Option<String>,
+    /// The document's name.
+    #[arg(value_name = "NAME")]
+    name: Option<String>,
+    /// The namespace of KIND NAME.
+    #[arg(short, long, value_name = "NS", default_value = DEFAULT_NAMESPACE)]
+    namespace: String,
+    /// Delete the documents of this file, directory or standard input; may be given again.
+    #[arg(short, long = "filename", value_name = "FILE|DIR|-")]
+    filenames: Vec<PathBuf>,
+    /// Documents that are not there are no failure.
+    #[arg(long)]
+    ignore_not_found: bool,
+    /// Say what would change, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, clap::Args)]
+pub struct CheckArgs {
+    /// A file, a directory (its *.yaml, *.yml and *.json) or - for standard input; may be given again.
+    #[arg(short, long = "filename", value_name = "FILE|DIR|-", required = true)]
+    filenames: Vec<PathBuf>,
+    /// Fail on warnings as well: references to what is not in these files.
+    #[arg(long)]
+    strict: bool,
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
+
+/// What `apply` and `delete` print for programs.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ChangeReport {
+    revision: u64,
+    dry_run: bool,
+    changes: Vec<ChangeLine>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct ChangeLine {
+    kind: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    namespace: String,
+    name: String,
+    change: &'static str,
+}
+
+/// Runs `mesh-ctl policy`.
+pub async fn run(command: PolicyCommand, socket: PathBuf) -> Result<(), Failure> {
+    match command {
+        PolicyCommand::Apply(args) => apply(args, socket).await,
+        PolicyCommand::Get(args) => get(args, socket).await,
+        PolicyCommand::Delete(args) => delete(args, socket).await,
+        PolicyCommand::Check(args) => check(args),
+        PolicyCommand::Explain(args) => explain::run(args, socket).await,
+    }
+}
+
+fn is_document_file(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str());
+    matches!(extension, Some("yaml" | "yml" | "json")) && path.is_file()
+}
+
+fn read_file(path: &Path) -> Result<Source, Failure> {
+    let name = path.display().to_string();
+    let yaml = std::fs::read_to_string(path).map_err(|e| Failure::refused(format!("{name}: {e}")))?;
+    Ok(Source { name, yaml })
+}
+
+/// Reads what `-f` names, in the order given; a directory's files by name.
+pub fn read_sources(paths: &[PathBuf]) -> Result<Vec<Source>, Failure> {
+    let mut sources = Vec::new();
+    for path in paths {
+        if path.as_os_str() == "-" {
+            let mut yaml = String::new();
+            std::io::stdin()
+                .read_to_string(&mut yaml)
+                .map_err(|e| Failure::refused(format!("standard input: {e}")))?;
+            let name = "<stdin>".to_owned();
+            sources.push(Source { name, yaml });
+        } else if path.is_dir() {
+            let listing = std::fs::read_dir(path).map_err(|e| Failure::refused(format!("{}: {e}", path.display())))?;
+            let mut files: Vec<PathBuf> = listing.filter_map(|entry| Some(entry.ok()?.path())).collect();
+            files.retain(|file| is_document_file(file));
+            files.sort();
+            if files.is_empty() {
+                return Err(Failure::refused(format!(
+                    "{}: no *.yaml, *.yml or *.json in it",
+                    path.display()
+                )));
+            }
+            for file in files {
+                sources.push(read_file(&file)?);
+            }
+        } else {
+            sources.push(read_file(path)?);
+        }
+        if sources.len() > SOURCES_MAX {
+            return Err(Failure::refused(format!("more than {SOURCES_MAX} files")));
+        }
+    }
+    Ok(sources)
+}
+
+fn change_word(change: i32) -> &'static str {
+    match Change::try_from(change) {
+        Ok(Change::Created) => "created",
+        Ok(Change::Changed) => "changed",
+        Ok(Change::Unchanged) => "unchanged",
+        Ok(Change::Removed) => "deleted",
+        Ok(Change::Unspecified) | Err(_) => "unknown",
+    }
+}
+
+fn change_lines(changes: Vec<DocumentChange>) -> Vec<ChangeLine> {
+    let line = |change: DocumentChange| {
+        let word = change_word(change.change);
+        let key = change.key.unwrap_or_default();
+        ChangeLine {
+            kind: key.kind,
+            namespace: key.namespace,
+            name: key.name,
+            change: word,
+        }
+    };
+    changes.into_iter().map(line).collect()
+}
+
+/// Sorts a response's problems into failures and warnings, as lines.
+fn split_problems(problems: Vec<WireProblem>) -> (Vec<String>, Vec<String>) {
+    let (odd, wrong): (Vec<_>, Vec<_>) = problems.into_iter().partition(|problem| problem.warning);
+    let lines = |all: Vec<WireProblem>| {
+        let line = |problem| {
+            let problem = Problem::from(problem);
+            let text = problem.to_string();
+            // A problem of no file has no place to name.
+            text.strip_prefix(": ").map(str::to_owned).unwrap_or(text)
+        };
+        all.into_iter().map(line).collect()
+    };
+    (lines(wrong), lines(odd))
+}
+
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        eprintln!("warning: {warning}");
+    }
+}
+
+fn print_changes(report: &ChangeReport, format: Format) -> Result<(), Failure> {
+    warn(&report.warnings);
+    if format != Format::Table {
+        return print_value(report, format);
+    }
+    let mut text = String::new();
+    let note = if report.dry_run { " (dry run)" } else { "" };
+    for line in &report.changes {
+        let place = if line.namespace.is_empty() { "" } else { "/" };
+        text += &format!(
+            "{} {}{place}{} {}{note}\n",
+            line.kind, line.namespace, line.name, line.change
+        );
+    }
+    text += &format!("revision {}{note}\n", report.revision);
+    print(&text);
+    Ok(())
+}
+
+async fn apply(args: ApplyArgs, socket: PathBuf) -> Result<(), Failure> {
+    let sources = read_sources(&args.filenames)?;
+    let mut client = connect(socket.clone(), CALL_TIMEOUT).await?;
+    let request = ApplyRequest {
+        sources,
+        dry_run: args.dry_run,
+    };
+    let response = client.apply(request).await?.into_inner();
+    let (wrong, warnings) = split_problems(response.problems);
+    if !wrong.is_empty() {
+        warn(&warnings);
+        return Err(Failure::Refused(wrong));
+    }
+    let report = ChangeReport {
+        revision: response.revision,
+        dry_run: args.dry_run,
+        changes: change_lines(response.changes),
+        warnings,
+    };
+    print_changes(&report, args.output)?;
+    wait(&args.wait, args.dry_run, response.revision, socket, args.output).await
+}
+
+/// Waits for all agents, if asked to.
+async fn wait(args: &WaitArgs, dry_run: bool, revision: u64, socket: PathBuf, output: Format) -> Result<(), Failure> {
+    if !args.wait || dry_run {
+        return Ok(());
+    }
+    // The controller ends the wait; the call's own limit only catches one that died.
+    let mut client = connect(socket, args.timeout + CALL_TIMEOUT).await?;
+    let request = WaitAckedRequest {
+        revision,
+        timeout_ms: u32::try_from(args.timeout.as_millis()).unwrap_or(u32::MAX),
+    };
+    let response = client.wait_acked(request).await?.into_inner();
+    if !response.nacked.is_empty() {
+        let line = |node: &mesh_api::wire::operator::NodeStatus| {
+            format!(
+                "{} refused revision {}: {}",
+                node.node, node.nacked_revision, node.nack_reason
+            )
+        };
+        return Err(Failure::Refused(response.nacked.iter().map(line).collect()));
+    }
+    if !response.acked {
+        return Err(Failure::Timeout(format!(
+            "revision {revision} is not held by {} yet",
+            response.waiting_for.join(", ")
+        )));
+    }
+    if output == Format::Table {
+        let status = client
+            .status(mesh_api::wire::operator::StatusRequest {})
+            .await?
+            .into_inner();
+        let connected = status.nodes.iter().filter(|node| node.connected).count();
+        print(&match connected {
+            0 => "no agent is connected\n".to_owned(),
+            1 => "held by the 1 connected agent\n".to_owned(),
+            n => format!("held by all {n} connected agents\n"),
+        });
+    }
+    Ok(())
+}
+
+/// `KIND`, `KIND/NAME` or `KIND NAME`.
+fn kind_and_name(what: Option<&str>, name: Option<&str>) -> Result<(Option<Kind>, String), Failure> {
+    let Some(what) = what else {
+        return Ok((None, String::new()));
+    };
+    let (kind, inner) = match what.split_once('/') {
+        Some((kind, inner)) => (kind, Some(inner)),
+        None => (what, None),
+    };
+    let found = Kind::find(kind).ok_or_else(|| {
+        let all: Vec<_> = Kind::ALL.iter().map(|kind| kind.as_str()).collect();
+        Failure::Usage(format!("unknown kind {kind:?}, expected one of {}", all.join(", ")))
+    })?;
+    match (inner, name) {
+        (Some(_), Some(_)) => Err(Failure::Usage("a name is given twice".into())),
+        (inner, name) => Ok((Some(found), inner.or(name).unwrap_or_default().to_owned())),
+    }
+}
+
+/// A set as programs read it.
+#[derive(Serialize)]
+struct Listing {
+    revision: u64,
+    items: Vec<Value>,
+}
+
+async fn get(args: GetArgs, socket: PathBuf) -> Result<(), Failure> {
+    let (kind, name) = kind_and_name(args.what.as_deref(), args.name.as_deref())?;
+    let mut client = connect(socket, CALL_TIMEOUT).await?;
+    let request = GetRequest {
+        kind: kind.map_or("", |kind| kind.as_str()).to_owned(),
+        namespace: args.namespace.unwrap_or_default(),
+        name: name.clone(),
+    };
+    let response = client.get(request).await?.into_inner();
+    if !name.is_empty() && response.documents.is_empty() {
+        let kind = kind.map_or("document", |kind| kind.as_str());
+        return Err(Failure::refused(format!("{kind} {name} is not there")));
+    }
+    if args.output == Format::Table {
+        let mut table = Table::new(&["KIND", "NAMESPACE", "NAME", "GENERATION", "REVISION"]);
+        for document in response.documents {
+            let key = document.key.unwrap_or_default();
+            let note = if document.unreadable.is_empty() {
+                ""
+            } else {
+                " (unreadable)"
+            };
+            let revision = format!("{}{note}", document.revision);
+            table.row([
+                key.kind,
+                key.namespace,
+                key.name,
+                document.generation.to_string(),
+                revision,
+            ]);
+        }
+        if table.is_empty() {
+            eprintln!("no documents");
+        } else {
+            print(&table.to_string());
+        }
+        return Ok(());
+    }
+    let mut items = Vec::new();
+    for document in response.documents {
+        let mut value: Value = serde_json::from_str(&document.json)
+            .map_err(|e| Failure::refused(format!("the controller's answer: {e}")))?;
+        if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
+            metadata.insert("generation".to_owned(), document.generation.into());
+        }
+        items.push(value);
+    }
+    if args.output == Format::Yaml {
+        let mut text = String::new();
+        for (place, item) in items.iter().enumerate() {
+            if place > 0 {
+                text.push_str("---\n");
+            }
+            text += &serde_yaml_ng::to_string(item).map_err(|e| Failure::refused(e.to_string()))?;
+        }
+        print(&text);
+        return Ok(());
+    }
+    let revision = response.revision;
+    print_value(&Listing { revision, items }, Format::Json)
+}
+
+async fn delete(args: DeleteArgs, socket: PathBuf) -> Result<(), Failure> {
+    let (kind, name) = kind_and_name(args.what.as_deref(), args.name.as_deref())?;
+    let mut keys = Vec::new();
+    if let Some(kind) = kind {
+        if name.is_empty() {
+            return Err(Failure::Usage(format!("which {kind}? expected {kind}/NAME")));
+        }
+        keys.push(WireKey::from(&DocumentKey::new(kind, &args.namespace, &name)));
+    }
+    let request = DeleteRequest {
+        keys,
+        sources: read_sources(&args.filenames)?,
+        dry_run: args.dry_run || !args.ignore_not_found,
+    };
+    let mut client = connect(socket.clone(), CALL_TIMEOUT).await?;
+    let mut response = client.delete(request.clone()).await?.into_inner();
+    let (wrong, mut warnings) = split_problems(response.problems);
+    if !wrong.is_empty() {
+        return Err(Failure::Refused(wrong));
+    }
+    if !args.ignore_not_found {
+        // Asked dry at first: a document that is not there stops the others from being deleted.
+        if !warnings.is_empty() {
+            return Err(Failure::Refused(warnings));
+        }
+        if !args.dry_run {
+            let request = DeleteRequest {
+                dry_run: false,
+                ..request
+            };
+            response = client.delete(request).await?.into_inner();
+            warnings = split_problems(response.problems).1;
+        }
+    }
+    let report = ChangeReport {
+        revision: response.revision,
+        dry_run: args.dry_run,
+        changes: change_lines(response.changes),
+        warnings,
+    };
+    print_changes(&report, args.output)?;
+    wait(&args.wait, args.dry_run, report.revision, socket, args.output).await
+}
+
+/// What `check` prints for programs.
+#[derive(Serialize)]
+struct CheckReport {
+    valid: bool,
+    documents: usize,
+    problems: Vec<String>,
+    warnings: Vec<String>,
+}
+
+fn check(args: CheckArgs) -> Result<(), Failure> {
+    let mut problems = Vec::new();
+    let mut set = DocumentSet::new();
+    let mut count = 0;
+    for source in read_sources(&args.filenames)? {
+        match parse(&source.name, &source.yaml) {
+            Ok(documents) => {
+                for document in documents {
+                    count += 1;
+                    let key = document.key();
+                    if set.insert(document).is_some() {
+                        problems.push(format!(
+                            "{}: {key} is there twice, expected each document once",
+                            source.name
+                        ));
+                    }
+                }
+            }
+            Err(found) => problems.extend(found.iter().map(Problem::to_string)),
+        }
+    }
+    let warnings: Vec<String> = if problems.is_empty() {
+        set.validate().iter().map(Problem::to_string).collect()
+    } else {
+        Vec::new()
+    };
+    let valid = problems.is_empty() && !(args.strict && !warnings.is_empty());
+    if args.output == Format::Table {
+        warn(&warnings);
+        if valid {
+            print(&format!("{count} documents are valid\n"));
+            return Ok(());
+        }
+    } else {
+        let report = CheckReport {
+            valid,
+            documents: count,
+            problems: problems.clone(),
+            warnings,
+        };
+        print_value(&report, args.output)?;
+    }
+    match (valid, problems.is_empty()) {
+        (true, _) => Ok(()),
+        (false, false) => Err(Failure::Refused(problems)),
+        (false, true) => Err(Failure::refused("there are warnings")),
+    }
+}
