@@ -108,7 +108,11 @@ pub fn reset_on_close(stream: &TcpStream) {
 }
 
 /// Connects from `source`'s namespace within `timeout` and tunes the stream.
-pub async fn dial(source: &dyn SocketSource, address: SocketAddr, timeout: Duration) -> Result<TcpStream, ConnectError> {
+pub async fn dial(
+    source: &dyn SocketSource,
+    address: SocketAddr,
+    timeout: Duration,
+) -> Result<TcpStream, ConnectError> {
     let socket = source.socket(address.is_ipv6()).map_err(ConnectError::Socket)?;
     match tokio::time::timeout(timeout, socket.connect(address)).await {
         Ok(Ok(stream)) => {
@@ -116,7 +120,10 @@ pub async fn dial(source: &dyn SocketSource, address: SocketAddr, timeout: Durat
             Ok(stream)
         }
         Ok(Err(source)) => Err(ConnectError::Connect { address, source }),
-        Err(_) => Err(ConnectError::Timeout { address, within: timeout }),
+        Err(_) => Err(ConnectError::Timeout {
+            address,
+            within: timeout,
+        }),
     }
 }
 
@@ -130,14 +137,18 @@ mod tests {
         let address = listener.local_addr().unwrap();
         drop(listener);
         let error = dial(&OwnNetns, address, DIAL_TIMEOUT).await.unwrap_err();
-        let ConnectError::Connect { source, .. } = error else { panic!("{error}") };
+        let ConnectError::Connect { source, .. } = error else {
+            panic!("{error}")
+        };
         assert_eq!(source.kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[tokio::test]
     async fn a_dialed_stream_is_tuned() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stream = dial(&OwnNetns, listener.local_addr().unwrap(), DIAL_TIMEOUT).await.unwrap();
+        let stream = dial(&OwnNetns, listener.local_addr().unwrap(), DIAL_TIMEOUT)
+            .await
+            .unwrap();
         assert!(stream.nodelay().unwrap());
         assert!(socket2::SockRef::from(&stream).keepalive().unwrap());
     }

@@ -70,7 +70,12 @@ pub struct Schedule {
 impl Schedule {
     /// Takes in what the node wants; new identities are due at once. Returns those that left.
     pub fn want(&mut self, identities: &BTreeSet<SpiffeId>, now: SystemTime) -> Vec<SpiffeId> {
-        let left: Vec<SpiffeId> = self.entries.keys().filter(|id| !identities.contains(*id)).cloned().collect();
+        let left: Vec<SpiffeId> = self
+            .entries
+            .keys()
+            .filter(|id| !identities.contains(*id))
+            .cloned()
+            .collect();
         for identity in &left {
             self.entries.remove(identity);
         }
@@ -86,7 +91,10 @@ impl Schedule {
     pub fn due(&self, now: SystemTime) -> Vec<SpiffeId> {
         let mut due: Vec<_> = self.entries.iter().filter(|(_, entry)| entry.due <= now).collect();
         due.sort_by_key(|(_, entry)| entry.due);
-        due.into_iter().take(BATCH_MAX).map(|(identity, _)| identity.clone()).collect()
+        due.into_iter()
+            .take(BATCH_MAX)
+            .map(|(identity, _)| identity.clone())
+            .collect()
     }
 
     /// When the next one is due.
@@ -95,17 +103,33 @@ impl Schedule {
     }
 
     /// Notes a certificate: due again at half of its life, up to a tenth earlier by `random` (0..=1).
-    pub fn issued(&mut self, identity: &SpiffeId, not_before: SystemTime, expires: SystemTime, now: SystemTime, random: f64) {
-        let Some(entry) = self.entries.get_mut(identity) else { return };
+    pub fn issued(
+        &mut self,
+        identity: &SpiffeId,
+        not_before: SystemTime,
+        expires: SystemTime,
+        now: SystemTime,
+        random: f64,
+    ) {
+        let Some(entry) = self.entries.get_mut(identity) else {
+            return;
+        };
         let life = expires.duration_since(not_before.max(now)).unwrap_or_default();
         let wait = life.mul_f64(0.5 - 0.05 * random.clamp(0.0, 1.0));
-        *entry = Entry { due: now + wait.max(BACKOFF_FIRST), failures: 0 };
+        *entry = Entry {
+            due: now + wait.max(BACKOFF_FIRST),
+            failures: 0,
+        };
     }
 
     /// Notes a failure: due again after a backoff of this identity's own, between half and the whole of it by `random`.
     pub fn failed(&mut self, identity: &SpiffeId, now: SystemTime, random: f64) {
-        let Some(entry) = self.entries.get_mut(identity) else { return };
-        let backoff = BACKOFF_FIRST.saturating_mul(1 << entry.failures.min(10)).min(BACKOFF_MAX);
+        let Some(entry) = self.entries.get_mut(identity) else {
+            return;
+        };
+        let backoff = BACKOFF_FIRST
+            .saturating_mul(1 << entry.failures.min(10))
+            .min(BACKOFF_MAX);
         entry.failures = entry.failures.saturating_add(1);
         entry.due = now + backoff.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0));
     }
@@ -129,8 +153,17 @@ fn request(identity: &SpiffeId) -> Result<(PendingKey, SigningRequest), rcgen::E
     params.distinguished_name = DistinguishedName::new();
     params.subject_alt_names = vec![SanType::URI(identity.as_str().try_into()?)];
     let csr = params.serialize_request(&key)?;
-    let request = SigningRequest { identity: identity.clone(), csr: csr.der().to_vec() };
-    Ok((PendingKey { identity: identity.clone(), key }, request))
+    let request = SigningRequest {
+        identity: identity.clone(),
+        csr: csr.der().to_vec(),
+    };
+    Ok((
+        PendingKey {
+            identity: identity.clone(),
+            key,
+        },
+        request,
+    ))
 }
 
 /// Keeps a [`CredentialStore`] filled.
@@ -139,12 +172,19 @@ pub struct Issuer<S> {
     store: Arc<CredentialStore>,
     clock: Arc<dyn Clock>,
     schedule: Schedule,
+    bundle: Option<Arc<TrustBundle>>,
 }
 
 impl<S: Signer> Issuer<S> {
     /// An issuer that fills `store` from `signer`.
     pub fn new(signer: S, store: Arc<CredentialStore>, clock: Arc<dyn Clock>) -> Issuer<S> {
-        Issuer { signer, store, clock, schedule: Schedule::default() }
+        Issuer {
+            signer,
+            store,
+            clock,
+            schedule: Schedule::default(),
+            bundle: None,
+        }
     }
 
     /// Serves what `wanted` says until its sender is gone.
@@ -191,9 +231,12 @@ impl<S: Signer> Issuer<S> {
         }
         match self.signer.sign(requests).await {
             Ok(signed) => {
+                self.take_bundle(&signed.bundle);
                 let mut chains = signed.chains.into_iter();
                 for key in keys {
-                    let chain = chains.next().unwrap_or_else(|| Err("no answer for this identity".to_owned()));
+                    let chain = chains
+                        .next()
+                        .unwrap_or_else(|| Err("no answer for this identity".to_owned()));
                     self.take(key, chain, &signed.bundle);
                 }
             }
@@ -205,11 +248,25 @@ impl<S: Signer> Issuer<S> {
         }
     }
 
-    fn take(&mut self, pending: PendingKey, chain: Result<Vec<CertificateDer<'static>>, String>, bundle: &Arc<TrustBundle>) {
+    /// Takes the trust bundle as it is now. Every credential is rebuilt if it changed, those of other identities too.
+    pub fn take_bundle(&mut self, bundle: &Arc<TrustBundle>) {
+        if self.bundle.as_ref().is_none_or(|known| known.roots() != bundle.roots()) {
+            self.bundle = Some(bundle.clone());
+            self.store.set_bundle(bundle, self.clock.wall());
+        }
+    }
+
+    fn take(
+        &mut self,
+        pending: PendingKey,
+        chain: Result<Vec<CertificateDer<'static>>, String>,
+        bundle: &Arc<TrustBundle>,
+    ) {
         let now = self.clock.wall();
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pending.key.serialize_der()));
         let credential = chain.and_then(|chain| {
-            Credential::new(pending.identity.clone(), chain, key, bundle.clone(), now).map_err(|error| error.to_string())
+            Credential::new(pending.identity.clone(), chain, key, bundle.clone(), now)
+                .map_err(|error| error.to_string())
         });
         match credential {
             Ok(credential) => {
@@ -241,7 +298,7 @@ mod tests {
     use parking_lot::Mutex;
 
     use super::*;
-    use crate::identity::testing::{HOUR, TestCa, id};
+    use crate::identity::testing::{HOUR, TestCa, domain, id};
 
     fn set(accounts: &[&str]) -> BTreeSet<SpiffeId> {
         accounts.iter().map(|account| id(account)).collect()
@@ -259,7 +316,11 @@ mod tests {
         let half = now + HOUR / 2;
         assert_eq!(schedule.due(half - Duration::from_secs(1)), [id("b")]);
         schedule.issued(&id("b"), now, now + HOUR, now, 1.0);
-        assert_eq!(schedule.next(), Some(now + HOUR.mul_f64(0.45)), "jitter only makes it earlier");
+        assert_eq!(
+            schedule.next(),
+            Some(now + HOUR.mul_f64(0.45)),
+            "jitter only makes it earlier"
+        );
         assert_eq!(schedule.due(half), [id("b"), id("a")]);
 
         let mut waits = Vec::new();
@@ -271,13 +332,19 @@ mod tests {
             at = due;
         }
         assert_eq!(waits[..3], [BACKOFF_FIRST, BACKOFF_FIRST * 2, BACKOFF_FIRST * 4]);
-        assert!(waits.iter().all(|wait| *wait <= BACKOFF_MAX) && waits[11] == BACKOFF_MAX, "{waits:?}");
+        assert!(
+            waits.iter().all(|wait| *wait <= BACKOFF_MAX) && waits[11] == BACKOFF_MAX,
+            "{waits:?}"
+        );
         assert_eq!(schedule.failures(&id("b")), 0);
         assert_eq!(schedule.due(half), [id("b")]);
 
         assert_eq!(schedule.want(&set(&["b", "c"]), at), [id("a")]);
         schedule.issued(&id("a"), at, at + HOUR, at, 0.0);
-        assert!(!schedule.entries.contains_key(&id("a")), "an answer that comes too late brings nobody back");
+        assert!(
+            !schedule.entries.contains_key(&id("a")),
+            "an answer that comes too late brings nobody back"
+        );
     }
 
     #[test]
@@ -299,11 +366,14 @@ mod tests {
         }
     }
 
-    /// A CA that does as its script says: `None` fails the call, else the life of what it signs and whom it refuses.
+    /// `None` fails the call, else the life of what is signed and who is refused.
+    type Step = Option<(Duration, Option<SpiffeId>)>;
+
+    /// A CA that does as its script says.
     struct ScriptedCa<'a> {
         ca: &'a TestCa,
         clock: Arc<FakeClock>,
-        script: RefCell<Vec<Option<(Duration, Option<SpiffeId>)>>>,
+        script: RefCell<Vec<Step>>,
     }
 
     impl Signer for ScriptedCa<'_> {
@@ -315,9 +385,17 @@ mod tests {
                 if Some(&request.identity) == refused.as_ref() {
                     return Err("no such pod on this node".to_owned());
                 }
-                Ok(self.ca.sign(&request.csr, &request.identity, now - Duration::from_secs(5), now + life))
+                Ok(self.ca.sign(
+                    &request.csr,
+                    &request.identity,
+                    now - Duration::from_secs(5),
+                    now + life,
+                ))
             });
-            Ok(Signed { bundle: self.ca.bundle(), chains: chains.collect() })
+            Ok(Signed {
+                bundle: self.ca.bundle(),
+                chains: chains.collect(),
+            })
         }
     }
 
@@ -333,7 +411,11 @@ mod tests {
             None,
             Some((HOUR, None)),
         ]);
-        let signer = ScriptedCa { ca: &ca, clock: clock.clone(), script };
+        let signer = ScriptedCa {
+            ca: &ca,
+            clock: clock.clone(),
+            script,
+        };
         let mut issuer = Issuer::new(signer, store.clone(), clock.clone());
 
         issuer.want(&set(&["a", "b"]));
@@ -348,11 +430,34 @@ mod tests {
 
         *clock.0.lock() = start + HOUR / 2 + Duration::from_secs(5);
         issuer.renew_due().await;
-        assert_eq!(store.get(&id("a")).unwrap().epoch(), first.epoch(), "a failed renewal takes nothing away");
+        assert_eq!(
+            store.get(&id("a")).unwrap().epoch(),
+            first.epoch(),
+            "a failed renewal takes nothing away"
+        );
 
         *clock.0.lock() += BACKOFF_MAX;
         issuer.renew_due().await;
         assert_ne!(store.get(&id("a")).unwrap().epoch(), first.epoch(), "renewed");
+
+        let (both, a) = (
+            TrustBundle::new(domain(), vec![ca.root.clone(), TestCa::new().root]),
+            store.get(&id("a")),
+        );
+        issuer.take_bundle(&Arc::new(both.unwrap()));
+        let rebuilt = store.get(&id("a")).unwrap();
+        assert_ne!(
+            rebuilt.epoch(),
+            a.unwrap().epoch(),
+            "another bundle makes other credentials"
+        );
+        assert_eq!(rebuilt.bundle().roots().len(), 2);
+        issuer.take_bundle(&rebuilt.bundle().clone());
+        assert_eq!(
+            store.get(&id("a")).unwrap().epoch(),
+            rebuilt.epoch(),
+            "the same one does not"
+        );
 
         issuer.want(&set(&["b"]));
         assert!(store.get(&id("a")).is_none(), "it left the node");
@@ -367,11 +472,20 @@ mod tests {
         let key = || PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pending.key.serialize_der()));
         let chain = ca.sign(&signing.csr, &id("a"), now - HOUR, now + HOUR);
         assert!(Credential::new(id("a"), chain.clone(), key(), ca.bundle(), now).is_ok());
-        assert!(Credential::new(id("b"), chain.clone(), key(), ca.bundle(), now).is_err(), "somebody else");
-        assert!(Credential::new(id("a"), chain.clone(), key(), other.bundle(), now).is_err(), "another CA");
+        assert!(
+            Credential::new(id("b"), chain.clone(), key(), ca.bundle(), now).is_err(),
+            "somebody else"
+        );
+        assert!(
+            Credential::new(id("a"), chain.clone(), key(), other.bundle(), now).is_err(),
+            "another CA"
+        );
         let (stranger, _) = request(&id("a")).unwrap();
         let wrong = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(stranger.key.serialize_der()));
-        assert!(Credential::new(id("a"), chain, wrong, ca.bundle(), now).is_err(), "another key");
+        assert!(
+            Credential::new(id("a"), chain, wrong, ca.bundle(), now).is_err(),
+            "another key"
+        );
     }
 
     #[tokio::test(start_paused = true)]

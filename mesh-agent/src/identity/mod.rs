@@ -105,7 +105,11 @@ impl TrustBundle {
             .map(|root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned()))
             .collect::<Result<Vec<_>, _>>()
             .map_err(CredentialError::Root)?;
-        Ok(TrustBundle { trust_domain, roots, anchors })
+        Ok(TrustBundle {
+            trust_domain,
+            roots,
+            anchors,
+        })
     }
 
     /// The trust domain.

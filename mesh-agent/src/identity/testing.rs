@@ -35,7 +35,10 @@ impl TestCa {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let root = params.self_signed(&key).unwrap().der().clone();
-        TestCa { issuer: Issuer::new(params, key), root }
+        TestCa {
+            issuer: Issuer::new(params, key),
+            root,
+        }
     }
 
     pub(crate) fn bundle(&self) -> Arc<TrustBundle> {
@@ -51,7 +54,10 @@ impl TestCa {
     ) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
         let mut params = CertificateParams::default();
-        params.subject_alt_names = uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+        params.subject_alt_names = uris
+            .iter()
+            .map(|uri| SanType::URI((*uri).try_into().unwrap()))
+            .collect();
         (params.not_before, params.not_after) = (from.into(), until.into());
         let leaf = params.signed_by(&key, &self.issuer).unwrap();
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
@@ -81,7 +87,11 @@ impl TestCa {
         let csr = CertificateSigningRequestDer::from(csr);
         let mut csr = CertificateSigningRequestParams::from_der(&csr).unwrap();
         let asked: Vec<_> = csr.params.subject_alt_names.clone();
-        assert_eq!(asked, [SanType::URI(identity.as_str().try_into().unwrap())], "the request names its identity");
+        assert_eq!(
+            asked,
+            [SanType::URI(identity.as_str().try_into().unwrap())],
+            "the request names its identity"
+        );
         (csr.params.not_before, csr.params.not_after) = (from.into(), until.into());
         vec![csr.signed_by(&self.issuer).unwrap().der().clone()]
     }

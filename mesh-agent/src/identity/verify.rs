@@ -74,11 +74,7 @@ pub(super) struct Leaf {
 
 /// Judges the certificates behind an established connection at `now`, resumed or not: identity, trust domain, expiry.
 /// The chain itself was verified in the full handshake, against the bundle of the credential that owns the session.
-pub fn peer(
-    chain: &[CertificateDer<'_>],
-    bundle: &TrustBundle,
-    now: SystemTime,
-) -> Result<PeerIdentity, PeerError> {
+pub fn peer(chain: &[CertificateDer<'_>], bundle: &TrustBundle, now: SystemTime) -> Result<PeerIdentity, PeerError> {
     let leaf = read_leaf(chain, bundle)?;
     let mut expires = leaf.expires;
     let mut not_before = leaf.not_before;
@@ -92,7 +88,10 @@ pub fn peer(
     if leaf.spiffe.kind() != IdentityKind::Workload {
         return Err(PeerError::NotSpiffe(leaf.spiffe.to_string()));
     }
-    Ok(PeerIdentity { spiffe: leaf.spiffe, expires })
+    Ok(PeerIdentity {
+        spiffe: leaf.spiffe,
+        expires,
+    })
 }
 
 /// Judges our own chain as a peer would.
@@ -107,7 +106,7 @@ pub(super) fn own(chain: &[CertificateDer<'_>], bundle: &TrustBundle, now: Syste
 
 fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<x509_parser::certificate::X509Certificate<'a>, PeerError> {
     match x509_parser::certificate::X509Certificate::from_der(der) {
-        Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+        Ok(([], certificate)) => Ok(certificate),
         _ => Err(PeerError::Malformed),
     }
 }
@@ -119,7 +118,10 @@ fn instant(seconds: i64) -> SystemTime {
 fn validity(der: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), PeerError> {
     let certificate = parse(der)?;
     let validity = certificate.validity();
-    Ok((instant(validity.not_before.timestamp()), instant(validity.not_after.timestamp())))
+    Ok((
+        instant(validity.not_before.timestamp()),
+        instant(validity.not_after.timestamp()),
+    ))
 }
 
 fn read_leaf(chain: &[CertificateDer<'_>], bundle: &TrustBundle) -> Result<Leaf, PeerError> {
@@ -128,17 +130,22 @@ fn read_leaf(chain: &[CertificateDer<'_>], bundle: &TrustBundle) -> Result<Leaf,
     }
     let leaf = parse(chain.first().ok_or(PeerError::NoCertificate)?)?;
     let names = leaf.subject_alternative_name().map_err(|_| PeerError::Malformed)?;
-    let mut uris = names.iter().flat_map(|names| &names.value.general_names).filter_map(|name| match name {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    });
+    let mut uris = names
+        .iter()
+        .flat_map(|names| &names.value.general_names)
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
     let (first, others) = (uris.next(), uris.count());
     let uri = match first {
         Some(uri) if others == 0 => uri,
         Some(_) => return Err(PeerError::UriNames(1 + others)),
         None => return Err(PeerError::UriNames(0)),
     };
-    let spiffe: SpiffeId = uri.parse().map_err(|_| PeerError::NotSpiffe(uri.chars().take(256).collect()))?;
+    let spiffe: SpiffeId = uri
+        .parse()
+        .map_err(|_| PeerError::NotSpiffe(uri.chars().take(256).collect()))?;
     if spiffe.trust_domain() != bundle.trust_domain().as_str() {
         return Err(PeerError::TrustDomain(spiffe));
     }
@@ -238,7 +245,14 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        judge(leaf, intermediates, &self.bundle, &self.algorithms, now, KeyUsage::server_auth())?;
+        judge(
+            leaf,
+            intermediates,
+            &self.bundle,
+            &self.algorithms,
+            now,
+            KeyUsage::server_auth(),
+        )?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -277,7 +291,14 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        judge(leaf, intermediates, &self.bundle, &self.algorithms, now, KeyUsage::client_auth())?;
+        judge(
+            leaf,
+            intermediates,
+            &self.bundle,
+            &self.algorithms,
+            now,
+            KeyUsage::client_auth(),
+        )?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -314,13 +335,22 @@ mod tests {
         let ca = TestCa::new();
         let now = SystemTime::now();
         let good = "spiffe://test.mesh/ns/shop/sa/front";
-        let cases: &[(&str, &[&str], fn(&PeerError) -> bool)] = &[
+        type Case<'a> = (&'a str, &'a [&'a str], fn(&PeerError) -> bool);
+        let cases: &[Case<'_>] = &[
             ("no URI", &[], |e| *e == PeerError::UriNames(0)),
-            ("two URIs", &[good, "spiffe://test.mesh/ns/shop/sa/cart"], |e| *e == PeerError::UriNames(2)),
+            ("two URIs", &[good, "spiffe://test.mesh/ns/shop/sa/cart"], |e| {
+                *e == PeerError::UriNames(2)
+            }),
             ("the same twice", &[good, good], |e| *e == PeerError::UriNames(2)),
-            ("no SPIFFE id", &["https://test.mesh/ns/shop/sa/front"], |e| matches!(e, PeerError::NotSpiffe(_))),
-            ("a node", &["spiffe://test.mesh/node/n1"], |e| matches!(e, PeerError::NotSpiffe(_))),
-            ("another domain", &["spiffe://other.mesh/ns/shop/sa/front"], |e| matches!(e, PeerError::TrustDomain(_))),
+            ("no SPIFFE id", &["https://test.mesh/ns/shop/sa/front"], |e| {
+                matches!(e, PeerError::NotSpiffe(_))
+            }),
+            ("a node", &["spiffe://test.mesh/node/n1"], |e| {
+                matches!(e, PeerError::NotSpiffe(_))
+            }),
+            ("another domain", &["spiffe://other.mesh/ns/shop/sa/front"], |e| {
+                matches!(e, PeerError::TrustDomain(_))
+            }),
         ];
         for (name, uris, expected) in cases {
             let (chain, _) = ca.leaf(uris, now - HOUR, now + HOUR);
@@ -343,7 +373,11 @@ mod tests {
         let (chain, _) = ca.leaf(&[id("front").as_str()], now, now + HOUR);
         let cases = [(-10, false), (10, true), (3590, true), (3601, false)];
         for (seconds, good) in cases {
-            let at = if seconds < 0 { now - Duration::from_secs(10) } else { now + Duration::from_secs(seconds as u64) };
+            let at = if seconds < 0 {
+                now - Duration::from_secs(10)
+            } else {
+                now + Duration::from_secs(seconds as u64)
+            };
             assert_eq!(peer(&chain, &ca.bundle(), at).is_ok(), good, "{seconds}");
         }
     }
@@ -355,7 +389,10 @@ mod tests {
         let (chain, _) = theirs.leaf(&[id("front").as_str()], now - HOUR, now + HOUR);
         assert!(own(&chain, &theirs.bundle(), now).is_ok());
         assert!(matches!(own(&chain, &ours.bundle(), now), Err(PeerError::Chain(_))));
-        assert!(matches!(own(&chain, &theirs.bundle(), now + 2 * HOUR), Err(PeerError::Chain(_))));
+        assert!(matches!(
+            own(&chain, &theirs.bundle(), now + 2 * HOUR),
+            Err(PeerError::Chain(_))
+        ));
         let long: Vec<_> = chain.iter().cycle().take(CHAIN_MAX + 1).cloned().collect();
         assert_eq!(own(&long, &theirs.bundle(), now).unwrap_err(), PeerError::ChainTooLong);
     }

@@ -26,6 +26,8 @@ use crate::{
     tunnel::{FlowStream, PooledTransport, ResetReason},
 };
 
+/// Reads of one direction before the other one and other connections have their turn.
+const TURNS_MAX: usize = 8;
 /// What one read takes at most.
 const BUFFER_BYTES: usize = 64 * 1024;
 
@@ -159,7 +161,12 @@ struct Lane {
 
 impl Lane {
     fn new() -> Lane {
-        Lane { left: Vec::new(), at: 0, phase: Phase::Moving, unflushed: false }
+        Lane {
+            left: Vec::new(),
+            at: 0,
+            phase: Phase::Moving,
+            unflushed: false,
+        }
     }
 
     /// Moves what there is to move. Ready when the direction is over.
@@ -172,7 +179,7 @@ impl Lane {
         count: &Cell<u64>,
         active: &mut bool,
     ) -> Poll<Result<(), Failure>> {
-        loop {
+        for _ in 0..TURNS_MAX {
             match self.phase {
                 Phase::Done | Phase::Broken => return Poll::Ready(Ok(())),
                 Phase::Ending => {
@@ -245,6 +252,8 @@ impl Lane {
                 }
             }
         }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn broken(&mut self, error: io::Error) -> Poll<Result<(), Failure>> {
@@ -267,14 +276,18 @@ impl<A: Duplex, B: Duplex> Relay<'_, A, B> {
     fn poll(&mut self, cx: &mut Context<'_>, active: &mut bool) -> Poll<(How, Option<io::Error>)> {
         BUFFER.with_borrow_mut(|buffer| {
             let (sent, received) = (&self.counters.sent, &self.counters.received);
-            let forth = self.forth.poll(cx, &mut self.first, &mut self.second, buffer, sent, active);
+            let forth = self
+                .forth
+                .poll(cx, &mut self.first, &mut self.second, buffer, sent, active);
             if let Poll::Ready(Err(failure)) = forth {
                 match failure {
                     Failure::Read(error) => return Poll::Ready((How::Reset(Side::First), Some(error))),
                     Failure::Write(error) => _ = self.failed.get_or_insert((Side::Second, error)),
                 }
             }
-            let back = self.back.poll(cx, &mut self.second, &mut self.first, buffer, received, active);
+            let back = self
+                .back
+                .poll(cx, &mut self.second, &mut self.first, buffer, received, active);
             if let Poll::Ready(Err(failure)) = back {
                 match failure {
                     Failure::Read(error) => return Poll::Ready((How::Reset(Side::Second), Some(error))),
@@ -307,7 +320,11 @@ struct Idle {
 
 impl Idle {
     fn new(timeout: Duration) -> Idle {
-        Idle { timeout, last: Instant::now(), sleep: Box::pin(tokio::time::sleep(timeout)) }
+        Idle {
+            timeout,
+            last: Instant::now(),
+            sleep: Box::pin(tokio::time::sleep(timeout)),
+        }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, active: bool) -> Poll<()> {
@@ -334,7 +351,14 @@ pub async fn relay<A: Duplex, B: Duplex>(
     idle_timeout: Option<Duration>,
     stop: impl Future<Output = Stop>,
 ) -> RelayEnd {
-    let mut relay = Relay { first, second, forth: Lane::new(), back: Lane::new(), counters, failed: None };
+    let mut relay = Relay {
+        first,
+        second,
+        forth: Lane::new(),
+        back: Lane::new(),
+        counters,
+        failed: None,
+    };
     let mut idle = idle_timeout.map(Idle::new);
     let mut stop = pin!(stop);
     let (how, error) = poll_fn(|cx| {
@@ -359,7 +383,12 @@ pub async fn relay<A: Duplex, B: Duplex>(
         relay.first.reset();
         relay.second.reset();
     }
-    RelayEnd { sent: counters.sent(), received: counters.received(), how, error }
+    RelayEnd {
+        sent: counters.sent(),
+        received: counters.received(),
+        how,
+        error,
+    }
 }
 
 #[cfg(test)]

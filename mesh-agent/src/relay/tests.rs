@@ -22,7 +22,10 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn run<T>(test: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let local = LocalSet::new();
     runtime.block_on(local.run_until(async { tokio::time::timeout(PATIENCE, test).await.expect("stuck") }))
 }
@@ -58,7 +61,12 @@ async fn path(kind: Kind, stop: impl Future<Output = Stop> + 'static, idle: Opti
         tokio::task::spawn_local(async move {
             let _ = done.send(relay(captured, delivered, &Counters::default(), idle, stop).await);
         });
-        return Path { source, destination, end, pool: None };
+        return Path {
+            source,
+            destination,
+            end,
+            pool: None,
+        };
     }
     let ca = TestCa::new();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -66,8 +74,12 @@ async fn path(kind: Kind, stop: impl Future<Output = Stop> + 'static, idle: Opti
     let credential = ca.credential("cart");
     tokio::task::spawn_local(async move {
         let (tcp, _) = listener.accept().await.unwrap();
-        let accepted = server::accept(tcp, &[], &credential, SystemTime::now(), PATIENCE).await.unwrap();
-        let Accepted::Flow(mut flows, _) = accepted else { panic!("not a flow") };
+        let accepted = server::accept(tcp, &[], &credential, SystemTime::now(), PATIENCE)
+            .await
+            .unwrap();
+        let Accepted::Flow(mut flows, _) = accepted else {
+            panic!("not a flow")
+        };
         let mut delivered = Some(delivered);
         while let Ok(Some(offer)) = flows.next(PATIENCE).await {
             let flow = offer.accept().unwrap();
@@ -78,13 +90,23 @@ async fn path(kind: Kind, stop: impl Future<Output = Stop> + 'static, idle: Opti
     let store = CredentialStore::new();
     store.put(ca.credential("front"));
     let pool = Pool::new(PoolConfig::default(), store, Arc::new(SystemClock));
-    let key = TunnelKey { source: id("front"), destination: id("cart"), address, netns: OwnNetns.netns() };
+    let key = TunnelKey {
+        source: id("front"),
+        destination: id("cart"),
+        address,
+        netns: OwnNetns.netns(),
+    };
     let preface = Preface::new(captured.peer_addr().unwrap());
     let flow = pool.flow(&key, &OwnNetns, &preface, false).await.unwrap();
     tokio::task::spawn_local(async move {
         let _ = done.send(relay(captured, flow, &Counters::default(), idle, stop).await);
     });
-    Path { source, destination, end, pool: Some(pool) }
+    Path {
+        source,
+        destination,
+        end,
+        pool: Some(pool),
+    }
 }
 
 async fn read_all(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
@@ -252,7 +274,10 @@ fn a_stopped_relay_resets_both() {
                 path.destination.read_exact(&mut [0]).await.unwrap();
                 now.send(stop).unwrap();
                 for side in [&mut path.source, &mut path.destination] {
-                    assert_eq!(side.read(&mut [0]).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+                    assert_eq!(
+                        side.read(&mut [0]).await.unwrap_err().kind(),
+                        io::ErrorKind::ConnectionReset
+                    );
                 }
                 assert_eq!(path.end.await.unwrap().how, how);
             });
@@ -263,7 +288,11 @@ fn a_stopped_relay_resets_both() {
 #[test]
 fn an_idle_relay_ends_and_an_active_one_does_not() {
     let idle = Duration::from_secs(60);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
     runtime.block_on(LocalSet::new().run_until(async {
         let mut path = path(Kind::Bare, pending(), Some(idle)).await;
         let start = Instant::now();

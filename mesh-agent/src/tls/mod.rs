@@ -241,7 +241,8 @@ fn step<D>(
                         out.failed.get_or_insert(rustls::Error::EncryptError);
                     }
                     Err(EncryptError::InsufficientSize(_)) => {
-                        out.failed.get_or_insert(rustls::Error::General("record buffer too small".to_owned()));
+                        out.failed
+                            .get_or_insert(rustls::Error::General("record buffer too small".to_owned()));
                     }
                 }
             }
@@ -384,7 +385,12 @@ impl TlsStream {
         loop {
             // What lies in `incoming` is either the prefix or a part of a message: both are safe to look at again.
             let mut incoming = std::mem::take(&mut self.incoming);
-            let stepped = self.session.step(&mut incoming, |bytes| self.plain.push(bytes), &mut self.outgoing, Then::Nothing);
+            let stepped = self.session.step(
+                &mut incoming,
+                |bytes| self.plain.push(bytes),
+                &mut self.outgoing,
+                Then::Nothing,
+            );
             incoming.drain(..stepped.consumed);
             self.incoming = incoming;
             self.note(&stepped);
@@ -461,7 +467,12 @@ impl TlsStream {
     }
 
     /// One read of the socket, opened. Returns whether plaintext or the end came out of it.
-    fn poll_open(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch, buf: &mut ReadBuf<'_>) -> Poll<io::Result<bool>> {
+    fn poll_open(
+        &mut self,
+        cx: &mut Context<'_>,
+        scratch: &mut Scratch,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<bool>> {
         let kept = self.incoming.len();
         let Some(front) = scratch.input.get_mut(..kept) else {
             return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
@@ -476,7 +487,10 @@ impl TlsStream {
         let filled = input.filled().len();
         if filled == kept {
             // An end without close_notify: somebody cut the stream.
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, "ended without close_notify")));
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "ended without close_notify",
+            )));
         }
         let before = buf.filled().len();
         let input = scratch.input.get_mut(..filled).unwrap_or_default();
@@ -488,7 +502,8 @@ impl TlsStream {
         };
         let stepped = self.session.step(input, take, &mut self.outgoing, Then::Nothing);
         self.incoming.clear();
-        self.incoming.extend_from_slice(input.get(stepped.consumed..).unwrap_or_default());
+        self.incoming
+            .extend_from_slice(input.get(stepped.consumed..).unwrap_or_default());
         self.free_incoming();
         self.note(&stepped);
         self.try_outgoing();
@@ -563,7 +578,10 @@ impl TlsStream {
         }
         let mut sealed = [0u8; SMALL_RECORD_BYTES];
         let then = match what {
-            Small::Data(data) => Then::Seal { data, into: &mut sealed },
+            Small::Data(data) => Then::Seal {
+                data,
+                into: &mut sealed,
+            },
             Small::Close => Then::Close { into: &mut sealed },
         };
         let stepped = self.session.step(

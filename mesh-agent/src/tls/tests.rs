@@ -54,8 +54,11 @@ async fn pair(client_is_ours: bool, server_is_ours: bool, sockets: (TcpStream, T
     };
     let accept = async {
         if server_is_ours {
-            Box::new(TlsStream::accept(sockets.1, &[], server.server().clone(), PATIENCE).await.unwrap())
-                as Box<dyn Stream>
+            Box::new(
+                TlsStream::accept(sockets.1, &[], server.server().clone(), PATIENCE)
+                    .await
+                    .unwrap(),
+            ) as Box<dyn Stream>
         } else {
             let acceptor = tokio_rustls::TlsAcceptor::from(server.server().clone());
             Box::new(acceptor.accept(sockets.1).await.unwrap())
@@ -131,7 +134,10 @@ async fn bytes_are_whole_against_every_peer() {
                 tasks.spawn(async move { receive(&mut reader, back, total).await });
             }
             let done = tokio::time::timeout(PATIENCE, tasks.join_all()).await;
-            assert!(done.is_ok(), "stuck: client ours {client}, server ours {server}, small {small_buffers}");
+            assert!(
+                done.is_ok(),
+                "stuck: client ours {client}, server ours {server}, small {small_buffers}"
+            );
         }
     }
 }
@@ -246,7 +252,9 @@ async fn a_client_hello_that_was_read_before_counts() {
                 ..=1000 => accepted.read_exact(&mut prefix).await.unwrap(),
                 _ => accepted.read(&mut prefix).await.unwrap(),
             };
-            TlsStream::accept(accepted, &prefix[..n], server.server().clone(), PATIENCE).await.unwrap()
+            TlsStream::accept(accepted, &prefix[..n], server.server().clone(), PATIENCE)
+                .await
+                .unwrap()
         };
         let (dialed, accepted) = tokio::join!(dial, accept);
         let mut dialed = dialed.unwrap();
@@ -263,14 +271,19 @@ async fn a_client_hello_that_was_read_before_counts() {
 async fn a_silent_peer_runs_into_the_timeout() {
     let (client, _) = credentials();
     let (dialed, _silent) = sockets().await;
-    let error = TlsStream::connect(dialed, client.client(Alpn::Http).clone(), name(), PATIENCE).await.unwrap_err();
+    let error = TlsStream::connect(dialed, client.client(Alpn::Http).clone(), name(), PATIENCE)
+        .await
+        .unwrap_err();
     assert!(matches!(error, HandshakeError::Timeout(PATIENCE)), "{error}");
 }
 
 #[tokio::test]
 async fn a_peer_that_speaks_no_tls_fails_the_handshake() {
     let (client, server) = credentials();
-    let cases: &[(&[u8], bool)] = &[(b"HTTP/1.1 400 Bad Request\r\n\r\n", true), (b"GET / HTTP/1.1\r\n\r\n", false)];
+    let cases: &[(&[u8], bool)] = &[
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", true),
+        (b"GET / HTTP/1.1\r\n\r\n", false),
+    ];
     for (plain, we_dial) in cases {
         let (mut raw, ours) = sockets().await;
         raw.write_all(plain).await.unwrap();
@@ -283,7 +296,10 @@ async fn a_peer_that_speaks_no_tls_fails_the_handshake() {
         let (raw, ours) = sockets().await;
         drop(raw);
         let result = TlsStream::connect(ours, client.client(Alpn::Http).clone(), name(), PATIENCE).await;
-        assert!(matches!(result.unwrap_err(), HandshakeError::Io(_)), "a peer that leaves");
+        assert!(
+            matches!(result.unwrap_err(), HandshakeError::Io(_)),
+            "a peer that leaves"
+        );
     }
 }
 
@@ -292,7 +308,9 @@ async fn a_head_and_its_body_make_one_record() {
     let (client, server) = credentials();
     let (mut dialed, accepted) = ours(&client, &server, sockets().await).await;
     let slices = [IoSlice::new(b"head"), IoSlice::new(b""), IoSlice::new(b"body")];
-    let n = poll_fn(|cx| Pin::new(&mut dialed).poll_write_vectored(cx, &slices)).await.unwrap();
+    let n = poll_fn(|cx| Pin::new(&mut dialed).poll_write_vectored(cx, &slices))
+        .await
+        .unwrap();
     assert_eq!(n, 8);
     let mut raw = accepted.tcp;
     let mut record = [0; 200];
@@ -317,7 +335,11 @@ async fn sessions_resume_within_a_credential_only() {
     ];
     for (case, client, server, resumed) in cases {
         let (mut dialed, mut accepted) = ours(client, server, sockets().await).await;
-        assert_eq!((dialed.is_resumed(), accepted.is_resumed()), (resumed, resumed), "{case}");
+        assert_eq!(
+            (dialed.is_resumed(), accepted.is_resumed()),
+            (resumed, resumed),
+            "{case}"
+        );
         for (stream, peer) in [(&dialed, "cart"), (&accepted, "front")] {
             let found = crate::identity::verify::peer(
                 stream.peer_certificates(),

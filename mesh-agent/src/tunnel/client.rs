@@ -37,7 +37,10 @@ pub async fn open(
     }
     let peer = verify::peer(tls.peer_certificates(), credential.bundle(), now)?;
     if peer.spiffe != key.destination {
-        return Err(DialError::WrongIdentity { expected: key.destination.clone(), found: peer.spiffe });
+        return Err(DialError::WrongIdentity {
+            expected: key.destination.clone(),
+            found: peer.spiffe,
+        });
     }
     tls.set_peer(peer);
     Ok(tls)

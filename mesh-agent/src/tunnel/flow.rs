@@ -93,7 +93,13 @@ struct Inner {
 impl FlowStream {
     /// The source's end of a new flow.
     pub(super) fn source(tls: Box<TlsStream>, lease: Leased, preface: &Preface, reused: bool) -> FlowStream {
-        FlowStream::new(tls, Origin::Pool(lease), Reader::new(), Some(preface.to_bytes()), reused)
+        FlowStream::new(
+            tls,
+            Origin::Pool(lease),
+            Reader::new(),
+            Some(preface.to_bytes()),
+            reused,
+        )
     }
 
     /// The destination's end.
@@ -149,7 +155,9 @@ impl FlowStream {
 
 impl Inner {
     fn tls(&mut self) -> io::Result<&mut TlsStream> {
-        self.tls.as_deref_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+        self.tls
+            .as_deref_mut()
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
     fn read_failure(&self) -> Option<io::Error> {
@@ -255,7 +263,11 @@ impl Inner {
     fn reset(&mut self, reason: ResetReason) {
         if self.preface.take().is_none() && self.writing != Writing::Reset && self.read_failure().is_none() {
             // A flow that was taken and then reset was not refused: the source must be able to tell.
-            let accept = if self.unconfirmed { &Head::Accept.to_bytes()[..] } else { &[] };
+            let accept = if self.unconfirmed {
+                &Head::Accept.to_bytes()[..]
+            } else {
+                &[]
+            };
             let frames = [accept, &Head::Reset(reason).to_bytes()].concat();
             if let Some(tls) = &mut self.tls {
                 let _ = tls.write_now(&frames);
@@ -275,9 +287,11 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let clean = self.is_clean();
-        let (Some(mut tls), Some(origin)) = (self.tls.take(), self.origin.take()) else { return };
+        let (Some(mut tls), Some(origin)) = (self.tls.take(), self.origin.take()) else {
+            return;
+        };
         match origin {
-            Origin::Pool(lease) if clean => lease.give_back(tls),
+            Origin::Pool(lease) if clean && !self.reader.is_retired() => lease.give_back(tls),
             Origin::Server(home) if clean => *home.borrow_mut() = Some(tls),
             Origin::Pool(_) | Origin::Server(_) => {
                 // A flow that was cut must not look whole: without its end frame, the closing tunnel is a reset.

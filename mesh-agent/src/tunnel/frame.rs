@@ -1,4 +1,5 @@
-//! The frames of a `nodemesh-tcp/1` flow: data, end (half-close), reset with a reason, accept.
+//! The frames of a `nodemesh-tcp/1` flow: data, end (half-close), reset with a reason, accept; and retire, by which a
+//! destination asks for no further flow on this tunnel.
 //!
 //! Four bytes of head: kind, code, length (big endian); only data has a body. The reader works in place: it closes the
 //! gaps that heads leave in a buffer of mixed heads and payload. It is total: every byte sequence is frames or one named
@@ -13,6 +14,7 @@ const KIND_DATA: u8 = 1;
 const KIND_END: u8 = 2;
 const KIND_RESET: u8 = 3;
 const KIND_ACCEPT: u8 = 4;
+const KIND_RETIRE: u8 = 5;
 
 /// Why a flow was reset or refused. Codes are stable; an unknown one is kept as it came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,6 +78,8 @@ pub enum Head {
     Reset(ResetReason),
     /// The destination took the flow.
     Accept,
+    /// The destination takes no flow on this tunnel that was not on its way already. Comes at any time.
+    Retire,
 }
 
 /// Bytes that are no frame.
@@ -97,6 +101,9 @@ pub enum FrameDefect {
     /// The destination accepted twice, or after its first data.
     #[error("the flow was accepted twice")]
     AcceptTwice,
+    /// A source sent what only a destination may.
+    #[error("a frame that only a destination sends")]
+    NotFromSource,
 }
 
 impl Head {
@@ -108,7 +115,8 @@ impl Head {
             (KIND_END, 0, 0) => Ok(Head::End),
             (KIND_RESET, code, 0) => Ok(Head::Reset(ResetReason::from_code(code))),
             (KIND_ACCEPT, 0, 0) => Ok(Head::Accept),
-            (KIND_DATA..=KIND_ACCEPT, ..) => Err(FrameDefect::Fields { kind, code, length }),
+            (KIND_RETIRE, 0, 0) => Ok(Head::Retire),
+            (KIND_DATA..=KIND_RETIRE, ..) => Err(FrameDefect::Fields { kind, code, length }),
             _ => Err(FrameDefect::Kind(kind)),
         }
     }
@@ -123,6 +131,7 @@ impl Head {
             Head::End => [KIND_END, 0, 0, 0],
             Head::Reset(reason) => [KIND_RESET, reason.code(), 0, 0],
             Head::Accept => [KIND_ACCEPT, 0, 0, 0],
+            Head::Retire => [KIND_RETIRE, 0, 0, 0],
         }
     }
 }
@@ -153,6 +162,8 @@ pub struct Reader {
     body: u16,
     head: [u8; HEAD_BYTES],
     head_bytes: u8,
+    from_source: bool,
+    retired: bool,
 }
 
 /// What became of a piece of the stream.
@@ -171,14 +182,30 @@ impl Default for Reader {
 }
 
 impl Reader {
-    /// A reader at a flow's start.
+    /// The source's reader at a flow's start.
     pub fn new() -> Reader {
-        Reader { state: Reading::Waiting, body: 0, head: [0; HEAD_BYTES], head_bytes: 0 }
+        Reader {
+            state: Reading::Waiting,
+            body: 0,
+            head: [0; HEAD_BYTES],
+            head_bytes: 0,
+            from_source: false,
+            retired: false,
+        }
     }
 
-    /// A reader of a side that needs no accepting: the destination reads the source's frames.
+    /// The destination's reader of a source's frames: nothing there needs accepting.
     pub fn open() -> Reader {
-        Reader { state: Reading::Open, ..Reader::new() }
+        Reader {
+            state: Reading::Open,
+            from_source: true,
+            ..Reader::new()
+        }
+    }
+
+    /// Whether the destination asked for no further flow on the tunnel.
+    pub fn is_retired(&self) -> bool {
+        self.retired
     }
 
     /// Where it stands.
@@ -208,7 +235,8 @@ impl Reader {
                 self.body -= u16::try_from(n).unwrap_or(self.body);
                 continue;
             }
-            if let (Some(slot), Some(byte)) = (self.head.get_mut(usize::from(self.head_bytes)), piece.get(out.consumed)) {
+            if let (Some(slot), Some(byte)) = (self.head.get_mut(usize::from(self.head_bytes)), piece.get(out.consumed))
+            {
                 *slot = *byte;
                 self.head_bytes += 1;
             }
@@ -230,7 +258,14 @@ impl Reader {
         match head {
             Head::Data(length) => (self.state, self.body) = (Reading::Open, length),
             Head::End => self.state = Reading::Ended,
-            Head::Reset(reason) => self.state = Reading::Reset { reason, refused: waiting },
+            Head::Reset(reason) => {
+                self.state = Reading::Reset {
+                    reason,
+                    refused: waiting,
+                }
+            }
+            Head::Accept | Head::Retire if self.from_source => return Err(FrameDefect::NotFromSource),
+            Head::Retire => self.retired = true,
             Head::Accept if waiting => self.state = Reading::Open,
             Head::Accept => return Err(FrameDefect::AcceptTwice),
         }
@@ -249,16 +284,45 @@ mod tests {
         let cases: &[([u8; 4], Result<Head, FrameDefect>)] = &[
             ([1, 0, 0, 1], Ok(Head::Data(1))),
             ([1, 0, 255, 255], Ok(Head::Data(65535))),
-            ([1, 0, 0, 0], Err(FrameDefect::Fields { kind: 1, code: 0, length: 0 })),
-            ([1, 9, 0, 1], Err(FrameDefect::Fields { kind: 1, code: 9, length: 1 })),
+            (
+                [1, 0, 0, 0],
+                Err(FrameDefect::Fields {
+                    kind: 1,
+                    code: 0,
+                    length: 0,
+                }),
+            ),
+            (
+                [1, 9, 0, 1],
+                Err(FrameDefect::Fields {
+                    kind: 1,
+                    code: 9,
+                    length: 1,
+                }),
+            ),
             ([2, 0, 0, 0], Ok(Head::End)),
-            ([2, 0, 0, 1], Err(FrameDefect::Fields { kind: 2, code: 0, length: 1 })),
+            (
+                [2, 0, 0, 1],
+                Err(FrameDefect::Fields {
+                    kind: 2,
+                    code: 0,
+                    length: 1,
+                }),
+            ),
             ([3, 1, 0, 0], Ok(Head::Reset(ResetReason::Denied))),
             ([3, 77, 0, 0], Ok(Head::Reset(ResetReason::Other(77)))),
-            ([3, 1, 1, 0], Err(FrameDefect::Fields { kind: 3, code: 1, length: 256 })),
+            (
+                [3, 1, 1, 0],
+                Err(FrameDefect::Fields {
+                    kind: 3,
+                    code: 1,
+                    length: 256,
+                }),
+            ),
             ([4, 0, 0, 0], Ok(Head::Accept)),
             ([0, 0, 0, 0], Err(FrameDefect::Kind(0))),
-            ([5, 0, 0, 0], Err(FrameDefect::Kind(5))),
+            ([5, 0, 0, 0], Ok(Head::Retire)),
+            ([6, 0, 0, 0], Err(FrameDefect::Kind(6))),
         ];
         for (bytes, expected) in cases {
             assert_eq!(Head::parse(*bytes), *expected, "{bytes:?}");
@@ -273,14 +337,28 @@ mod tests {
         let mut bytes = [&[4, 0, 0, 0, 1, 0, 0, 2][..], b"hi", &[2, 0, 0, 0], b"NMF"].concat();
         let mut reader = Reader::new();
         let stripped = reader.strip(&mut bytes).unwrap();
-        assert_eq!(stripped, Stripped { payload: 2, consumed: 14 });
+        assert_eq!(
+            stripped,
+            Stripped {
+                payload: 2,
+                consumed: 14
+            }
+        );
         assert_eq!(&bytes[..2], b"hi");
         assert_eq!(reader.state(), Reading::Ended);
         assert_eq!(reader.strip(&mut [4, 0, 0, 0]).unwrap(), Stripped::default());
 
         let mut twice = [4, 0, 0, 0, 4, 0, 0, 0];
         assert_eq!(Reader::new().strip(&mut twice), Err(FrameDefect::AcceptTwice));
-        assert_eq!(Reader::open().strip(&mut [4, 0, 0, 0]), Err(FrameDefect::AcceptTwice));
+        for destination_only in [[4, 0, 0, 0], [5, 0, 0, 0]] {
+            assert_eq!(
+                Reader::open().strip(&mut destination_only.clone()),
+                Err(FrameDefect::NotFromSource)
+            );
+        }
+        let mut reader = Reader::new();
+        reader.strip(&mut [5, 0, 0, 0, 2, 0, 0, 0]).unwrap();
+        assert!(reader.is_retired() && reader.state() == Reading::Ended);
     }
 
     #[test]
@@ -288,7 +366,13 @@ mod tests {
         for (bytes, refused) in [(&[3u8, 1, 0, 0][..], true), (&[4, 0, 0, 0, 3, 1, 0, 0][..], false)] {
             let mut reader = Reader::new();
             reader.strip(&mut bytes.to_vec()).unwrap();
-            assert_eq!(reader.state(), Reading::Reset { reason: ResetReason::Denied, refused });
+            assert_eq!(
+                reader.state(),
+                Reading::Reset {
+                    reason: ResetReason::Denied,
+                    refused
+                }
+            );
         }
     }
 

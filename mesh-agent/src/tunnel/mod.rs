@@ -11,12 +11,13 @@ pub mod frame;
 pub mod pool;
 pub mod preface;
 pub mod server;
+mod shared;
 pub mod slots;
 
 #[cfg(test)]
 mod tests;
 
-use std::net::SocketAddr;
+use std::{io, net::SocketAddr};
 
 use mesh_api::identity::SpiffeId;
 
@@ -28,9 +29,10 @@ use crate::{
 
 pub use flow::{FlowError, FlowStream};
 pub use frame::ResetReason;
-pub use pool::{H2Lease, Pool, PoolConfig, PooledTransport};
+pub use pool::{Pool, PoolConfig, PooledTransport};
 pub use preface::{FlowTrace, Preface};
 pub use server::{Accepted, FlowOffer, FlowServer, TunnelError};
+pub use shared::{H2Lease, H2StreamGuard};
 
 /// Between whom a tunnel runs. Tunnels with equal keys may stand in for each other.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -103,6 +105,37 @@ pub enum DialError {
 }
 
 impl DialError {
+    /// The same error for somebody else who waited for the same tunnel. Of a system's error the kind is kept.
+    fn copy(&self) -> DialError {
+        let again = |error: &io::Error| io::Error::from(error.kind());
+        match self {
+            DialError::NoCredential(identity) => DialError::NoCredential(identity.clone()),
+            DialError::PoolFull => DialError::PoolFull,
+            DialError::Draining => DialError::Draining,
+            DialError::Connect(ConnectError::Socket(error)) => ConnectError::Socket(again(error)).into(),
+            DialError::Connect(ConnectError::Connect { address, source }) => ConnectError::Connect {
+                address: *address,
+                source: again(source),
+            }
+            .into(),
+            DialError::Connect(ConnectError::Timeout { address, within }) => ConnectError::Timeout {
+                address: *address,
+                within: *within,
+            }
+            .into(),
+            DialError::Handshake(HandshakeError::Tls(error)) => HandshakeError::Tls(error.clone()).into(),
+            DialError::Handshake(HandshakeError::Io(error)) => HandshakeError::Io(again(error)).into(),
+            DialError::Handshake(HandshakeError::Timeout(within)) => HandshakeError::Timeout(*within).into(),
+            DialError::Alpn => DialError::Alpn,
+            DialError::Peer(error) => DialError::Peer(error.clone()),
+            DialError::WrongIdentity { expected, found } => DialError::WrongIdentity {
+                expected: expected.clone(),
+                found: found.clone(),
+            },
+            DialError::H2(error) => DialError::H2(error.reason().unwrap_or(h2::Reason::INTERNAL_ERROR).into()),
+        }
+    }
+
     /// Who is to blame.
     pub fn blame(&self) -> Blame {
         match self {

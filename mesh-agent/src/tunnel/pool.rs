@@ -6,24 +6,19 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
     io::{self, IoSlice},
     pin::Pin,
     rc::{Rc, Weak},
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use bytes::Bytes;
-use h2::client::SendRequest;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::Notify,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     DialError, FlowStream, Preface, TunnelKey, client,
+    shared::Shared,
     slots::{Bounds, Facts, Gauge, Slots, Take},
 };
 use crate::{
@@ -32,6 +27,8 @@ use crate::{
     tls::TlsStream,
     transport::Transport,
 };
+
+pub use super::shared::{H2Lease, H2StreamGuard};
 
 /// Bounds and times of a worker's pool.
 #[derive(Clone, Copy, Debug)]
@@ -89,7 +86,7 @@ struct Inner {
     credentials: Arc<CredentialStore>,
     clock: Arc<dyn Clock>,
     slots: RefCell<Slots<LaneKey, Tunnel, CredentialEpoch>>,
-    h2: RefCell<HashMap<TunnelKey, H2Lane>>,
+    shared: RefCell<Shared>,
     draining: Cell<bool>,
 }
 
@@ -113,7 +110,11 @@ impl Drop for Slot {
     fn drop(&mut self) {
         if let Some(pool) = self.pool.upgrade() {
             let mut slots = pool.slots.borrow_mut();
-            if self.open { slots.closed(&self.key) } else { slots.failed(&self.key) }
+            if self.open {
+                slots.closed(&self.key)
+            } else {
+                slots.failed(&self.key)
+            }
         }
     }
 }
@@ -121,7 +122,7 @@ impl Drop for Slot {
 /// The way of a used tunnel back into the pool.
 pub(super) struct Leased {
     slot: Slot,
-    facts: Facts<CredentialEpoch>,
+    pub(super) facts: Facts<CredentialEpoch>,
 }
 
 impl Leased {
@@ -129,7 +130,10 @@ impl Leased {
     pub(super) fn give_back(mut self, tunnel: Tunnel) {
         let Some(pool) = self.slot.pool.upgrade() else { return };
         let now = pool.clock.now();
-        let surplus = pool.slots.borrow_mut().give_back(&self.slot.key, tunnel, self.facts, now);
+        let surplus = pool
+            .slots
+            .borrow_mut()
+            .give_back(&self.slot.key, tunnel, self.facts, now);
         // The book has counted it already.
         self.slot.pool = Weak::new();
         surplus.into_iter().for_each(close);
@@ -155,7 +159,7 @@ impl Pool {
                 credentials,
                 clock,
                 slots: RefCell::new(Slots::new(bounds)),
-                h2: RefCell::default(),
+                shared: RefCell::default(),
                 draining: Cell::new(false),
             }),
         }
@@ -169,7 +173,11 @@ impl Pool {
         fresh: bool,
     ) -> Result<PooledTransport, DialError> {
         let (tunnel, lease, reused) = self.tunnel(key, Alpn::Http, from, fresh).await?;
-        Ok(PooledTransport { tunnel: Some(Transport::Tls(tunnel)), lease: Some(lease), reused })
+        Ok(PooledTransport {
+            tunnel: Some(Transport::Tls(tunnel)),
+            lease: Some(lease),
+            reused,
+        })
     }
 
     /// A tunnel for one flow. Nothing is sent yet: the preface leaves with the first payload or the first read, or with
@@ -185,19 +193,6 @@ impl Pool {
         Ok(FlowStream::source(tunnel, lease, preface, reused))
     }
 
-    /// A place for one stream on a shared HTTP/2 connection. Must be called within a `LocalSet`.
-    pub async fn h2(&self, key: &TunnelKey, from: &dyn SocketSource) -> Result<H2Lease, DialError> {
-        loop {
-            let credential = self.credential(key)?;
-            match self.take_h2(key, credential.epoch()) {
-                TakeH2::Lease(lease) => return Ok(lease),
-                TakeH2::Wait(opened) => opened.notified().await,
-                TakeH2::Full => return Err(DialError::PoolFull),
-                TakeH2::Dial => return self.dial_h2(key, from).await,
-            }
-        }
-    }
-
     /// How many tunnels there are (HTTP/2 connections count in their lanes too).
     pub fn gauge(&self) -> Gauge {
         self.inner.slots.borrow().gauge()
@@ -209,18 +204,15 @@ impl Pool {
         let mut closed = Vec::new();
         let credentials = &self.inner.credentials;
         let epoch_of = |key: &TunnelKey| credentials.get(&key.source).map(|credential| credential.epoch());
-        self.inner.slots.borrow_mut().sweep(
-            now,
-            |(key, _)| epoch_of(key),
-            |tunnel| tunnel.is_quiet(),
-            &mut closed,
-        );
+        self.inner
+            .slots
+            .borrow_mut()
+            .sweep(now, |(key, _)| epoch_of(key), |tunnel| tunnel.is_quiet(), &mut closed);
         closed.into_iter().for_each(close);
-        self.inner.h2.borrow_mut().retain(|key, lane| {
-            let epoch = epoch_of(key);
-            lane.connections.retain(|connection| connection.may_stay(epoch, now, self.inner.config.idle_timeout));
-            !lane.connections.is_empty() || lane.connecting
-        });
+        self.inner
+            .shared
+            .borrow_mut()
+            .sweep(now, self.inner.config.idle_timeout, epoch_of);
     }
 
     /// Sweeps for ever.
@@ -237,20 +229,33 @@ impl Pool {
         self.inner.draining.set(true);
         let closed = self.inner.slots.borrow_mut().drain();
         closed.into_iter().for_each(close);
-        self.inner.h2.borrow_mut().retain(|_, lane| {
-            lane.connections.retain(|connection| connection.shared.streams.get() > 0);
-            !lane.connections.is_empty() || lane.connecting
-        });
+        self.inner.shared.borrow_mut().drain();
     }
 
-    fn credential(&self, key: &TunnelKey) -> Result<Arc<Credential>, DialError> {
+    pub(super) fn shared(&self) -> &RefCell<Shared> {
+        &self.inner.shared
+    }
+
+    pub(super) fn config(&self) -> &PoolConfig {
+        &self.inner.config
+    }
+
+    pub(super) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.inner.clock
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.inner.draining.get()
+    }
+
+    pub(super) fn credential(&self, key: &TunnelKey) -> Result<Arc<Credential>, DialError> {
         self.inner
             .credentials
             .valid(&key.source, self.inner.clock.wall())
             .ok_or_else(|| DialError::NoCredential(key.source.clone()))
     }
 
-    async fn tunnel(
+    pub(super) async fn tunnel(
         &self,
         key: &TunnelKey,
         alpn: Alpn,
@@ -267,14 +272,22 @@ impl Pool {
             closed.into_iter().for_each(close);
             match take {
                 Take::Reuse(mut tunnel, facts) => {
-                    let slot = Slot { pool: Rc::downgrade(&self.inner), key: lane.clone(), open: true };
+                    let slot = Slot {
+                        pool: Rc::downgrade(&self.inner),
+                        key: lane.clone(),
+                        open: true,
+                    };
                     if tunnel.is_quiet() {
                         return Ok((tunnel, Leased { slot, facts }, true));
                     }
                     close(tunnel);
                 }
                 Take::Dial => {
-                    break Slot { pool: Rc::downgrade(&self.inner), key: lane, open: false };
+                    break Slot {
+                        pool: Rc::downgrade(&self.inner),
+                        key: lane,
+                        open: false,
+                    };
                 }
                 Take::Full => return Err(DialError::PoolFull),
                 Take::Draining => return Err(DialError::Draining),
@@ -302,9 +315,14 @@ impl Pool {
 
     fn facts(&self, credential: &Credential, peer: Option<&PeerIdentity>) -> Facts<CredentialEpoch> {
         let wall = self.inner.clock.wall();
-        let theirs = peer.and_then(|peer| peer.expires.duration_since(wall).ok()).unwrap_or_default();
+        let theirs = peer
+            .and_then(|peer| peer.expires.duration_since(wall).ok())
+            .unwrap_or_default();
         let life = self.inner.config.age_max.min(credential.remaining(wall)).min(theirs);
-        Facts { epoch: credential.epoch(), retire_at: self.inner.clock.now() + life }
+        Facts {
+            epoch: credential.epoch(),
+            retire_at: self.inner.clock.now() + life,
+        }
     }
 }
 
@@ -348,7 +366,10 @@ impl PooledTransport {
     }
 
     fn transport(&mut self) -> io::Result<Pin<&mut Transport>> {
-        self.tunnel.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+        self.tunnel
+            .as_mut()
+            .map(Pin::new)
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
 
@@ -387,168 +408,3 @@ impl AsyncWrite for PooledTransport {
         self.get_mut().transport()?.poll_shutdown(cx)
     }
 }
-
-#[derive(Default)]
-struct H2Lane {
-    connections: Vec<H2Connection>,
-    connecting: bool,
-    opened: Rc<Notify>,
-}
-
-struct H2Connection {
-    send: SendRequest<Bytes>,
-    facts: Facts<CredentialEpoch>,
-    shared: Rc<H2Shared>,
-}
-
-struct H2Shared {
-    streams: Cell<usize>,
-    alive: Cell<bool>,
-    idle_since: Cell<Instant>,
-    clock: Arc<dyn Clock>,
-}
-
-impl H2Connection {
-    fn is_open(&self, epoch: CredentialEpoch, now: Instant) -> bool {
-        self.shared.alive.get() && self.facts.epoch == epoch && now < self.facts.retire_at
-    }
-
-    /// One with streams stays until they are done, whatever its state.
-    fn may_stay(&self, epoch: Option<CredentialEpoch>, now: Instant, idle_timeout: Duration) -> bool {
-        if self.shared.streams.get() > 0 {
-            return self.shared.alive.get();
-        }
-        epoch.is_some_and(|epoch| self.is_open(epoch, now)) && now < self.shared.idle_since.get() + idle_timeout
-    }
-
-    fn lease(&self) -> H2Lease {
-        self.shared.streams.set(self.shared.streams.get() + 1);
-        H2Lease { send: self.send.clone(), stream: H2StreamGuard { shared: self.shared.clone() } }
-    }
-}
-
-/// A place for one stream on a shared HTTP/2 connection.
-pub struct H2Lease {
-    /// To send the request with.
-    pub send: SendRequest<Bytes>,
-    /// To be kept as long as the stream lives.
-    pub stream: H2StreamGuard,
-}
-
-/// Counts one stream of a connection; dropped, its place is free.
-pub struct H2StreamGuard {
-    shared: Rc<H2Shared>,
-}
-
-impl Drop for H2StreamGuard {
-    fn drop(&mut self) {
-        let left = self.shared.streams.get().saturating_sub(1);
-        self.shared.streams.set(left);
-        if left == 0 {
-            self.shared.idle_since.set(self.shared.clock.now());
-        }
-    }
-}
-
-enum TakeH2 {
-    Lease(H2Lease),
-    Wait(Rc<Notify>),
-    Dial,
-    Full,
-}
-
-/// Holds a key's one place for opening an HTTP/2 connection; those who wait are woken when it is over, well or not.
-struct H2Opening {
-    pool: Rc<Inner>,
-    key: TunnelKey,
-}
-
-impl Drop for H2Opening {
-    fn drop(&mut self) {
-        let mut lanes = self.pool.h2.borrow_mut();
-        if let Some(lane) = lanes.get_mut(&self.key) {
-            lane.connecting = false;
-            lane.opened.notify_waiters();
-            if lane.connections.is_empty() {
-                lanes.remove(&self.key);
-            }
-        }
-    }
-}
-
-impl Pool {
-    /// The least loaded open connection with room; else one to wait for; else a new one within the bound.
-    fn take_h2(&self, key: &TunnelKey, epoch: CredentialEpoch) -> TakeH2 {
-        let (now, config) = (self.inner.clock.now(), &self.inner.config);
-        let mut lanes = self.inner.h2.borrow_mut();
-        let lane = lanes.entry(key.clone()).or_default();
-        lane.connections.retain(|connection| connection.is_open(epoch, now) || connection.shared.streams.get() > 0);
-        let best = lane
-            .connections
-            .iter()
-            .filter(|connection| connection.is_open(epoch, now))
-            .filter(|connection| connection.shared.streams.get() < config.h2_streams_max)
-            .min_by_key(|connection| connection.shared.streams.get());
-        match best {
-            Some(connection) if !self.inner.draining.get() => TakeH2::Lease(connection.lease()),
-            _ if lane.connecting => TakeH2::Wait(lane.opened.clone()),
-            _ if lane.connections.len() >= config.h2_connections_max => TakeH2::Full,
-            _ => {
-                lane.connecting = true;
-                TakeH2::Dial
-            }
-        }
-    }
-
-    async fn dial_h2(
-        &self,
-        key: &TunnelKey,
-        from: &dyn SocketSource,
-    ) -> Result<H2Lease, DialError> {
-        let opening = H2Opening { pool: self.inner.clone(), key: key.clone() };
-        let (tunnel, lease, _) = self.tunnel(key, Alpn::Http, from, true).await?;
-        let facts = lease.facts;
-        let timeout = self.inner.config.handshake_timeout;
-        let mut builder = h2::client::Builder::new();
-        builder
-            .enable_push(false)
-            .initial_window_size(H2_STREAM_WINDOW)
-            .initial_connection_window_size(H2_CONNECTION_WINDOW)
-            .max_header_list_size(H2_HEADER_LIST_BYTES_MAX);
-        let handshake = Box::pin(builder.handshake::<_, Bytes>(Transport::Tls(tunnel)));
-        let (send, connection) = match tokio::time::timeout(timeout, handshake).await {
-            Ok(done) => done.map_err(DialError::H2)?,
-            Err(_) => return Err(DialError::Handshake(crate::tls::HandshakeError::Timeout(timeout))),
-        };
-        let shared = Rc::new(H2Shared {
-            streams: Cell::new(0),
-            alive: Cell::new(true),
-            idle_since: Cell::new(self.inner.clock.now()),
-            clock: self.inner.clock.clone(),
-        });
-        let seen = shared.clone();
-        tokio::task::spawn_local(async move {
-            // The lease's slot keeps the connection counted while it lives. It ends when the last handle is gone.
-            let _lease = lease;
-            let ended = connection.await;
-            seen.alive.set(false);
-            if let Err(error) = ended {
-                tracing::debug!(%error, "HTTP/2 tunnel ended");
-            }
-        });
-        let connection = H2Connection { send, facts, shared };
-        let lease = connection.lease();
-        if let Some(lane) = self.inner.h2.borrow_mut().get_mut(key) {
-            lane.connections.push(connection);
-        }
-        drop(opening);
-        Ok(lease)
-    }
-}
-
-/// Flow control of a stream in a tunnel: a megabyte keeps a 10 Gbit/s link with 0.8 ms busy.
-const H2_STREAM_WINDOW: u32 = 1 << 20;
-/// Flow control of all streams of a connection together.
-const H2_CONNECTION_WINDOW: u32 = 4 << 20;
-/// The largest header list taken from a peer.
-const H2_HEADER_LIST_BYTES_MAX: u32 = 128 * 1024;

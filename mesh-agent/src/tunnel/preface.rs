@@ -56,7 +56,11 @@ pub enum PrefaceDefect {
 impl Preface {
     /// A preface without confirmation or trace.
     pub fn new(source: SocketAddr) -> Preface {
-        Preface { source, confirm: false, trace: None }
+        Preface {
+            source,
+            confirm: false,
+            trace: None,
+        }
     }
 
     /// Reads a preface.
@@ -101,7 +105,10 @@ impl Preface {
             IpAddr::V6(ip) => ip,
         };
         let flags = if self.confirm { FLAG_CONFIRM } else { 0 };
-        let trace = self.trace.unwrap_or(FlowTrace { trace_id: [0; 16], span_id: [0; 8] });
+        let trace = self.trace.unwrap_or(FlowTrace {
+            trace_id: [0; 16],
+            span_id: [0; 8],
+        });
         let fields: [&[u8]; 6] = [
             &MAGIC,
             &[VERSION, flags, 0],

@@ -9,6 +9,7 @@ use std::{
     io,
     pin::Pin,
     rc::Rc,
+    task::Poll,
     time::{Duration, SystemTime},
 };
 
@@ -32,6 +33,9 @@ use crate::{
 /// How long a destination keeps an idle tunnel. Longer than a source does, so that the source closes first and never
 /// writes into a tunnel that is just being closed.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How long a source has to close a tunnel that was retired.
+const RETIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a tunnel carries.
 #[derive(Debug)]
@@ -78,43 +82,112 @@ pub async fn accept(
     tls.set_peer(peer.clone());
     Ok(match alpn {
         Alpn::Http => Accepted::Http(Transport::Tls(tls), peer),
-        Alpn::Tcp => Accepted::Flow(FlowServer { home: Rc::new(RefCell::new(Some(tls))) }, peer),
+        Alpn::Tcp => Accepted::Flow(
+            FlowServer {
+                home: Rc::new(RefCell::new(Some(tls))),
+                retired: false,
+            },
+            peer,
+        ),
     })
 }
 
 /// A tunnel of flows, between two of them.
 pub struct FlowServer {
     home: Home,
+    retired: bool,
 }
 
 impl FlowServer {
-    /// Waits for the next flow. `None` when the source closed the tunnel in good order, when it was idle for
-    /// `idle_timeout`, or when the last flow did not give it back.
+    /// Waits for the next flow; may be dropped while it waits. After `idle_timeout` the tunnel is retired. `None` when
+    /// the source closed it, when it did not do so in time after it was retired, or when the last flow did not give the
+    /// tunnel back.
     pub async fn next(&mut self, idle_timeout: Duration) -> Result<Option<FlowOffer>, TunnelError> {
-        let Some(mut tls) = self.home.borrow_mut().take() else { return Ok(None) };
-        let preface = match tokio::time::timeout(idle_timeout, read_preface(&mut tls)).await {
-            Ok(read) => read.map_err(TunnelError::Io)?,
-            Err(_) => None,
-        };
-        let Some(bytes) = preface else {
-            tls.close_now();
-            return Ok(None);
-        };
-        match Preface::parse(&bytes) {
-            Ok(preface) => Ok(Some(FlowOffer { preface, tls, home: self.home.clone() })),
-            Err(defect) => {
-                let _ = tls.write_now(&Head::Reset(ResetReason::Protocol).to_bytes());
-                tls.close_now();
-                Err(defect.into())
-            }
+        loop {
+            let patience = if self.retired { RETIRE_TIMEOUT } else { idle_timeout };
+            let Ok(read) = tokio::time::timeout(patience, self.read_preface()).await else {
+                if self.retired {
+                    self.end();
+                    return Ok(None);
+                }
+                self.retire();
+                continue;
+            };
+            let preface = read.map_err(TunnelError::Io)?.map(|bytes| Preface::parse(&bytes));
+            let Some(mut tls) = self.home.borrow_mut().take() else {
+                return Ok(None);
+            };
+            return match preface {
+                Some(Ok(preface)) => Ok(Some(FlowOffer {
+                    preface,
+                    tls,
+                    home: self.home.clone(),
+                })),
+                Some(Err(defect)) => {
+                    let _ = tls.write_now(&Head::Reset(ResetReason::Protocol).to_bytes());
+                    tls.close_now();
+                    Err(defect.into())
+                }
+                None => {
+                    tls.close_now();
+                    Ok(None)
+                }
+            };
         }
     }
 
-    /// Closes an idle tunnel; for draining.
-    pub fn close(self) {
+    /// Asks the source for no further flow on this tunnel. One that is on its way already still comes from
+    /// [`FlowServer::next`], so that no flow is lost between two agents.
+    pub fn retire(&mut self) {
+        if let Some(tls) = self.home.borrow_mut().as_mut()
+            && !self.retired
+        {
+            let _ = tls.write_now(&Head::Retire.to_bytes());
+        }
+        self.retired = true;
+    }
+
+    /// Closes the tunnel at once, as dropping it does.
+    pub fn close(self) {}
+
+    /// Whether [`FlowServer::retire`] was called, or the tunnel was idle for too long.
+    pub fn is_retired(&self) -> bool {
+        self.retired
+    }
+
+    fn end(&self) {
         if let Some(mut tls) = self.home.borrow_mut().take() {
             tls.close_now();
         }
+    }
+
+    /// Exactly a preface's bytes, or nothing if the tunnel ended before the first of them or is gone. The tunnel stays
+    /// at home meanwhile.
+    async fn read_preface(&self) -> io::Result<Option<[u8; PREFACE_BYTES]>> {
+        let mut bytes = [0; PREFACE_BYTES];
+        let mut buf = ReadBuf::new(&mut bytes);
+        while buf.remaining() > 0 {
+            let before = buf.filled().len();
+            std::future::poll_fn(|cx| match self.home.borrow_mut().as_mut() {
+                Some(tls) => Pin::new(&mut **tls).poll_read(cx, &mut buf),
+                None => Poll::Ready(Ok(())),
+            })
+            .await?;
+            if buf.filled().len() == before {
+                return if before == 0 {
+                    Ok(None)
+                } else {
+                    Err(io::ErrorKind::UnexpectedEof.into())
+                };
+            }
+        }
+        Ok(Some(bytes))
+    }
+}
+
+impl Drop for FlowServer {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -122,20 +195,6 @@ impl std::fmt::Debug for FlowServer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("FlowServer").finish_non_exhaustive()
     }
-}
-
-/// Exactly a preface's bytes, or nothing if the tunnel ended before the first of them.
-async fn read_preface(tls: &mut TlsStream) -> io::Result<Option<[u8; PREFACE_BYTES]>> {
-    let mut bytes = [0; PREFACE_BYTES];
-    let mut buf = ReadBuf::new(&mut bytes);
-    while buf.remaining() > 0 {
-        let before = buf.filled().len();
-        std::future::poll_fn(|cx| Pin::new(&mut *tls).poll_read(cx, &mut buf)).await?;
-        if buf.filled().len() == before {
-            return if before == 0 { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
-        }
-    }
-    Ok(Some(bytes))
 }
 
 /// A flow that asks to be taken. Dropped, it is refused without a reason.
@@ -169,6 +228,8 @@ impl FlowOffer {
 
 impl std::fmt::Debug for FlowOffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FlowOffer").field("preface", &self.preface).finish_non_exhaustive()
+        f.debug_struct("FlowOffer")
+            .field("preface", &self.preface)
+            .finish_non_exhaustive()
     }
 }

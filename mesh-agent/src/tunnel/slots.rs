@@ -86,7 +86,12 @@ pub struct Slots<K, T, E> {
 impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
     /// An empty book.
     pub fn new(bounds: Bounds) -> Slots<K, T, E> {
-        Slots { bounds, lanes: HashMap::new(), gauge: Gauge::default(), draining: false }
+        Slots {
+            bounds,
+            lanes: HashMap::new(),
+            gauge: Gauge::default(),
+            draining: false,
+        }
     }
 
     /// How many there are.
@@ -172,7 +177,9 @@ impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
     /// longest idle one of a full lane.
     pub fn give_back(&mut self, key: &K, tunnel: T, facts: Facts<E>, now: Instant) -> Option<T> {
         let keep = !self.draining && now < facts.retire_at && self.bounds.idle_per_key_max > 0;
-        let Some(lane) = self.lanes.get_mut(key) else { return Some(tunnel) };
+        let Some(lane) = self.lanes.get_mut(key) else {
+            return Some(tunnel);
+        };
         if lane.busy > 0 {
             lane.busy -= 1;
             self.gauge.busy -= 1;
@@ -181,7 +188,11 @@ impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
             self.forget_if_empty(key);
             return Some(tunnel);
         }
-        lane.ready.push(Ready { tunnel, facts, since: now });
+        lane.ready.push(Ready {
+            tunnel,
+            facts,
+            since: now,
+        });
         self.gauge.ready += 1;
         if lane.ready.len() > self.bounds.idle_per_key_max {
             self.gauge.ready -= 1;
@@ -251,7 +262,11 @@ impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
 
 impl<T, E> Lane<T, E> {
     fn new() -> Lane<T, E> {
-        Lane { ready: Vec::new(), connecting: 0, busy: 0 }
+        Lane {
+            ready: Vec::new(),
+            connecting: 0,
+            busy: 0,
+        }
     }
     fn is_empty(&self) -> bool {
         self.ready.is_empty() && self.connecting == 0 && self.busy == 0
@@ -268,8 +283,12 @@ mod tests {
 
     use super::*;
 
-    const BOUNDS: Bounds =
-        Bounds { per_key_max: 3, total_max: 5, idle_per_key_max: 2, idle_timeout: Duration::from_secs(10) };
+    const BOUNDS: Bounds = Bounds {
+        per_key_max: 3,
+        total_max: 5,
+        idle_per_key_max: 2,
+        idle_timeout: Duration::from_secs(10),
+    };
 
     type Book = Slots<u8, u32, u8>;
 
@@ -287,9 +306,19 @@ mod tests {
             assert_eq!(book.gauge().busy, tunnel);
         }
         assert_eq!(book.give_back(&0, 10, facts(1, late), now), None);
-        assert_eq!(book.give_back(&0, 11, facts(1, late), now + Duration::from_secs(1)), None);
-        assert_eq!(book.take(&0, Some(1), now, &mut closed), Take::Reuse(11, facts(1, late)));
-        assert_eq!(book.take(&1, Some(1), now, &mut closed), Take::Dial, "another key has nothing ready");
+        assert_eq!(
+            book.give_back(&0, 11, facts(1, late), now + Duration::from_secs(1)),
+            None
+        );
+        assert_eq!(
+            book.take(&0, Some(1), now, &mut closed),
+            Take::Reuse(11, facts(1, late))
+        );
+        assert_eq!(
+            book.take(&1, Some(1), now, &mut closed),
+            Take::Dial,
+            "another key has nothing ready"
+        );
         assert!(closed.is_empty());
     }
 
@@ -309,7 +338,11 @@ mod tests {
             book.opened(&0);
             assert_eq!(book.give_back(&0, 7, facts(epoch, retire_at), now), None);
             let then = now + Duration::from_secs(seconds);
-            let expected = if is_closed { Take::Dial } else { Take::Reuse(7, facts(1, late)) };
+            let expected = if is_closed {
+                Take::Dial
+            } else {
+                Take::Reuse(7, facts(1, late))
+            };
             assert_eq!(book.take(&0, Some(1), then, &mut closed), expected, "{name}");
             assert_eq!(closed, if is_closed { vec![7] } else { vec![] }, "{name}");
         }
@@ -330,7 +363,11 @@ mod tests {
         assert_eq!(book.take(&2, Some(1), now, &mut closed), Take::Full, "in total");
         assert_eq!(book.give_back(&0, 1, facts(1, late), now), None);
         assert_eq!(book.give_back(&0, 2, facts(1, late), now), None);
-        assert_eq!(book.give_back(&0, 3, facts(1, late), now), Some(1), "the longest idle of a full lane goes");
+        assert_eq!(
+            book.give_back(&0, 3, facts(1, late), now),
+            Some(1),
+            "the longest idle of a full lane goes"
+        );
         book.failed(&1);
         book.failed(&1);
         for _ in 0..3 {
@@ -340,7 +377,11 @@ mod tests {
         assert_eq!(book.take(&1, Some(1), now, &mut closed), Take::Dial);
         assert_eq!(closed, [2], "the longest idle makes room");
         book.failed(&2);
-        assert_eq!(book.take(&0, None, now, &mut closed), Take::Dial, "a new one although one is ready");
+        assert_eq!(
+            book.take(&0, None, now, &mut closed),
+            Take::Dial,
+            "a new one although one is ready"
+        );
         assert_eq!(book.drain(), [3]);
         assert_eq!(book.take(&0, Some(1), now, &mut closed), Take::Draining);
     }
@@ -360,7 +401,13 @@ mod tests {
         book.sweep(now, |key| (*key != 2).then_some(1), |tunnel| *tunnel != 3, &mut closed);
         closed.sort();
         assert_eq!(closed, [3, 4], "dead; and of an identity without credential");
-        assert_eq!(book.gauge(), Gauge { ready: book.gauge().ready, ..Gauge::default() });
+        assert_eq!(
+            book.gauge(),
+            Gauge {
+                ready: book.gauge().ready,
+                ..Gauge::default()
+            }
+        );
     }
 
     #[derive(Clone, Debug)]
@@ -416,9 +463,10 @@ mod tests {
                         book.failed(&key);
                         connecting[key as usize] -= 1;
                     }
-                    Step::Closed(key) => if busy[key as usize].pop().is_some() {
+                    Step::Closed(key) if !busy[key as usize].is_empty() => {
+                        busy[key as usize].pop();
                         book.closed(&key);
-                    },
+                    }
                     Step::Back(key, epoch) => if let Some(tunnel) = busy[key as usize].pop() {
                         ready.insert(tunnel);
                         let facts = Facts { epoch, retire_at: now + Duration::from_secs(20) };

@@ -1,9 +1,8 @@
 //! Tunnels over real sockets on loopback: who gets in, what comes through, what is used again.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     future::Future,
-    io,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -30,7 +29,10 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn run<T>(test: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let local = LocalSet::new();
     runtime.block_on(local.run_until(async { tokio::time::timeout(PATIENCE, test).await.expect("stuck") }))
 }
@@ -42,7 +44,12 @@ fn pool(credential: Credential, config: PoolConfig) -> (Pool, Arc<CredentialStor
 }
 
 fn key(address: SocketAddr) -> TunnelKey {
-    TunnelKey { source: id("front"), destination: id("cart"), address, netns: OwnNetns.netns() }
+    TunnelKey {
+        source: id("front"),
+        destination: id("cart"),
+        address,
+        netns: OwnNetns.netns(),
+    }
 }
 
 fn preface() -> Preface {
@@ -131,21 +138,40 @@ fn a_tunnel_opens_between_the_right_two_and_nobody_else() {
         let good: Check = |result| result.is_ok();
         let cases: &[(&str, Credential, Credential, Check)] = &[
             ("right", ca.credential("front"), ca.credential("cart"), good),
-            ("somebody else answers", ca.credential("front"), ca.credential("thief"), |result| {
-                matches!(result, Err(DialError::WrongIdentity { expected, found })
+            (
+                "somebody else answers",
+                ca.credential("front"),
+                ca.credential("thief"),
+                |result| {
+                    matches!(result, Err(DialError::WrongIdentity { expected, found })
                     if *expected == id("cart") && *found == id("thief"))
-            }),
-            ("another CA answers", ca.credential("front"), other.credential("cart"), |result| {
-                matches!(result, Err(DialError::Handshake(HandshakeError::Tls(_))))
-            }),
-            ("expired destination", ca.credential("front"), ca.credential_until("cart", soon_over), |result| {
-                matches!(result, Err(DialError::Handshake(HandshakeError::Tls(rustls::Error::InvalidCertificate(
-                    rustls::CertificateError::Expired
-                )))))
-            }),
-            ("no valid credential here", ca.credential_until("front", soon_over), ca.credential("cart"), |result| {
-                matches!(result, Err(DialError::NoCredential(_)))
-            }),
+                },
+            ),
+            (
+                "another CA answers",
+                ca.credential("front"),
+                other.credential("cart"),
+                |result| matches!(result, Err(DialError::Handshake(HandshakeError::Tls(_)))),
+            ),
+            (
+                "expired destination",
+                ca.credential("front"),
+                ca.credential_until("cart", soon_over),
+                |result| {
+                    matches!(
+                        result,
+                        Err(DialError::Handshake(HandshakeError::Tls(
+                            rustls::Error::InvalidCertificate(rustls::CertificateError::Expired)
+                        )))
+                    )
+                },
+            ),
+            (
+                "no valid credential here",
+                ca.credential_until("front", soon_over),
+                ca.credential("cart"),
+                |result| matches!(result, Err(DialError::NoCredential(_))),
+            ),
         ];
         // Credentials are not Clone: rebuilt from the same chain and key.
         let copy = |credential: &Credential| {
@@ -169,7 +195,11 @@ fn a_source_of_another_ca_or_expired_or_without_certificate_is_refused() {
         let destination = Destination::start(ca.credential("cart"), echo).await;
 
         // A source that trusts the destination's CA but shows a certificate of another one.
-        let (chain, private) = other.leaf(&[id("front").as_str()], SystemTime::now() - HOUR, SystemTime::now() + HOUR);
+        let (chain, private) = other.leaf(
+            &[id("front").as_str()],
+            SystemTime::now() - HOUR,
+            SystemTime::now() + HOUR,
+        );
         let expired = ca.leaf(
             &[id("front").as_str()],
             SystemTime::now() - HOUR,
@@ -203,7 +233,10 @@ fn a_source_of_another_ca_or_expired_or_without_certificate_is_refused() {
             let mut tls = TlsStream::connect(tcp, config, name, PATIENCE).await.unwrap();
             let _ = tls.write_all(b"let me in").await;
             let error = tls.read(&mut [0; 10]).await.expect_err(case);
-            assert!(error.get_ref().is_some_and(|error| error.to_string().contains("alert")), "{case}: {error}");
+            assert!(
+                error.get_ref().is_some_and(|error| error.to_string().contains("alert")),
+                "{case}: {error}"
+            );
         }
         assert_eq!(destination.accepted(), 0);
     });
@@ -241,7 +274,9 @@ impl rustls::client::danger::ServerCertVerifier for Gullible {
         Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
     }
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        crate::identity::provider().signature_verification_algorithms.supported_schemes()
+        crate::identity::provider()
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -254,7 +289,10 @@ fn the_destination_knows_who_came() {
         let mut tunnel = pool.http1(&key(destination.address), &OwnNetns, false).await.unwrap();
         tunnel.write_all(b"hi").await.unwrap();
         tunnel.read_exact(&mut [0; 2]).await.unwrap();
-        assert_eq!(*destination.tunnels.borrow(), [Ok(PeerIdentitySeen(id("front").to_string()))]);
+        assert_eq!(
+            *destination.tunnels.borrow(),
+            [Ok(PeerIdentitySeen(id("front").to_string()))]
+        );
         assert_eq!(tunnel.peer().unwrap().spiffe, id("cart"));
     });
 }
@@ -270,7 +308,10 @@ fn a_destination_without_tls_is_an_error_of_the_peer() {
         });
         let (pool, _) = pool(TestCa::new().credential("front"), PoolConfig::default());
         let error = pool.http1(&key(address), &OwnNetns, false).await.err().unwrap();
-        assert!(matches!(error, DialError::Handshake(HandshakeError::Tls(_))), "{error:?}");
+        assert!(
+            matches!(error, DialError::Handshake(HandshakeError::Tls(_))),
+            "{error:?}"
+        );
         assert_eq!((error.blame(), error.retry()), (Blame::Peer, Retry::Safe));
         assert_eq!(pool.gauge(), slots::Gauge::default(), "a failed tunnel is not counted");
     });
@@ -283,21 +324,40 @@ fn flows_follow_each_other_in_one_tunnel() {
         let destination = Destination::start(ca.credential("cart"), echo).await;
         let (pool, _) = pool(ca.credential("front"), PoolConfig::default());
         for round in 0..50u32 {
-            let mut flow = pool.flow(&key(destination.address), &OwnNetns, &preface(), false).await.unwrap();
+            let mut flow = pool
+                .flow(&key(destination.address), &OwnNetns, &preface(), false)
+                .await
+                .unwrap();
             assert_eq!(flow.is_reused(), round > 0);
             assert_eq!(flow.peer().unwrap().spiffe, id("cart"));
             exchange(&mut flow, &vec![round as u8; (round * 977) as usize + 1]).await;
             drop(flow);
-            assert_eq!(pool.gauge(), slots::Gauge { ready: 1, ..Default::default() });
+            assert_eq!(
+                pool.gauge(),
+                slots::Gauge {
+                    ready: 1,
+                    ..Default::default()
+                }
+            );
         }
         assert_eq!(destination.accepted(), 1, "one handshake for fifty flows");
 
-        let unused = pool.flow(&key(destination.address), &OwnNetns, &preface(), false).await.unwrap();
+        let unused = pool
+            .flow(&key(destination.address), &OwnNetns, &preface(), false)
+            .await
+            .unwrap();
         drop(unused);
-        let mut empty = pool.flow(&key(destination.address), &OwnNetns, &preface(), false).await.unwrap();
+        let mut empty = pool
+            .flow(&key(destination.address), &OwnNetns, &preface(), false)
+            .await
+            .unwrap();
         exchange(&mut empty, b"").await;
         drop(empty);
-        assert_eq!(destination.accepted(), 1, "neither an unused nor an empty flow costs the tunnel");
+        assert_eq!(
+            destination.accepted(),
+            1,
+            "neither an unused nor an empty flow costs the tunnel"
+        );
     });
 }
 
@@ -317,7 +377,13 @@ fn flows_at_once_have_tunnels_of_their_own() {
             exchange(flow, b"mine").await;
         }
         drop(flows);
-        assert_eq!(pool.gauge(), slots::Gauge { ready: 5, ..Default::default() });
+        assert_eq!(
+            pool.gauge(),
+            slots::Gauge {
+                ready: 5,
+                ..Default::default()
+            }
+        );
         pool.drain();
         assert_eq!(pool.gauge(), slots::Gauge::default());
         let error = pool.flow(&key, &OwnNetns, &preface(), false).await.err().unwrap();
@@ -333,7 +399,10 @@ fn large_flows_are_whole_both_ways() {
         let ca = TestCa::new();
         let destination = Destination::start(ca.credential("cart"), echo).await;
         let (pool, _) = pool(ca.credential("front"), PoolConfig::default());
-        let flow = pool.flow(&key(destination.address), &OwnNetns, &preface(), false).await.unwrap();
+        let flow = pool
+            .flow(&key(destination.address), &OwnNetns, &preface(), false)
+            .await
+            .unwrap();
         let (mut reader, mut writer) = tokio::io::split(flow);
         // Chunks of 64 KiB - 1, each filled with its own number: any loss or shift shows.
         let chunk = |n: usize| vec![(n * 31 + n / 251) as u8; 65_535];
@@ -379,7 +448,10 @@ fn half_close_works_in_both_orders() {
         .await;
         let (pool, _) = pool(ca.credential("front"), PoolConfig::default());
         for _ in 0..2 {
-            let mut flow = pool.flow(&key(destination.address), &OwnNetns, &preface(), false).await.unwrap();
+            let mut flow = pool
+                .flow(&key(destination.address), &OwnNetns, &preface(), false)
+                .await
+                .unwrap();
             let mut greeting = Vec::new();
             flow.read_to_end(&mut greeting).await.unwrap();
             assert_eq!(greeting, b"220 welcome", "the source has not said a word");
@@ -387,7 +459,10 @@ fn half_close_works_in_both_orders() {
             flow.shutdown().await.unwrap();
         }
         // The tunnel went back with the destination's end read and the source's sent: the same one serves both.
-        let mut flow = pool.flow(&key(destination.address), &OwnNetns, &preface(), false).await.unwrap();
+        let mut flow = pool
+            .flow(&key(destination.address), &OwnNetns, &preface(), false)
+            .await
+            .unwrap();
         assert_eq!(flow.read(&mut [0; 20]).await.unwrap(), 11);
         assert_eq!(destination.accepted(), 1);
         assert_eq!(*heard.borrow(), [b"quit", b"quit"]);
@@ -424,10 +499,18 @@ fn a_reset_is_a_reset_at_the_other_end() {
         let mut flow = pool.flow(&key, &OwnNetns, &preface(), false).await.unwrap();
         flow.write_all(b"r").await.unwrap();
         let error = flow.read(&mut [0; 10]).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert_eq!(FlowError::of(&error), Some(FlowError::Reset(ResetReason::Reset)), "taken first, so not refused");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        assert_eq!(
+            FlowError::of(&error),
+            Some(FlowError::Reset(ResetReason::Reset)),
+            "taken first, so not refused"
+        );
         drop(flow);
-        assert_eq!(pool.gauge(), slots::Gauge::default(), "a tunnel after a reset is not used again");
+        assert_eq!(
+            pool.gauge(),
+            slots::Gauge::default(),
+            "a tunnel after a reset is not used again"
+        );
 
         let mut flow = pool.flow(&key, &OwnNetns, &preface(), false).await.unwrap();
         flow.write_all(b"x").await.unwrap();
@@ -441,7 +524,11 @@ fn a_reset_is_a_reset_at_the_other_end() {
         }
         let mut ends = ends.borrow().clone();
         ends.sort_by_key(Option::is_none);
-        assert_eq!(ends, [Some(FlowError::Reset(ResetReason::Timeout)), None], "a reset; and a cut that is no end");
+        assert_eq!(
+            ends,
+            [Some(FlowError::Reset(ResetReason::Timeout)), None],
+            "a reset; and a cut that is no end"
+        );
     });
 }
 
@@ -453,13 +540,19 @@ fn a_refused_flow_says_why_before_any_data() {
             let Accepted::Flow(mut flows, _) = accepted else { return };
             let offer = flows.next(PATIENCE).await.unwrap().unwrap();
             offer.refuse(ResetReason::Denied);
-            assert!(flows.next(PATIENCE).await.unwrap().is_none(), "the tunnel ended with it");
+            assert!(
+                flows.next(PATIENCE).await.unwrap().is_none(),
+                "the tunnel ended with it"
+            );
         })
         .await;
         let (pool, _) = pool(ca.credential("front"), PoolConfig::default());
         for confirm in [false, true] {
             let preface = Preface { confirm, ..preface() };
-            let mut flow = pool.flow(&key(destination.address), &OwnNetns, &preface, false).await.unwrap();
+            let mut flow = pool
+                .flow(&key(destination.address), &OwnNetns, &preface, false)
+                .await
+                .unwrap();
             let error = if confirm {
                 flow.accepted().await.unwrap_err()
             } else {
@@ -478,8 +571,14 @@ fn a_confirmed_flow_is_accepted_before_it_speaks() {
         let destination = Destination::start(ca.credential("cart"), echo).await;
         let (pool, _) = pool(ca.credential("front"), PoolConfig::default());
         for _ in 0..3 {
-            let preface = Preface { confirm: true, ..preface() };
-            let mut flow = pool.flow(&key(destination.address), &OwnNetns, &preface, false).await.unwrap();
+            let preface = Preface {
+                confirm: true,
+                ..preface()
+            };
+            let mut flow = pool
+                .flow(&key(destination.address), &OwnNetns, &preface, false)
+                .await
+                .unwrap();
             flow.accepted().await.unwrap();
             flow.accepted().await.unwrap();
             exchange(&mut flow, b"after you").await;
@@ -493,7 +592,10 @@ fn http_tunnels_are_used_one_after_another_and_the_pool_is_bounded() {
     run(async {
         let ca = TestCa::new();
         let destination = Destination::start(ca.credential("cart"), echo).await;
-        let config = PoolConfig { per_key_max: 2, ..PoolConfig::default() };
+        let config = PoolConfig {
+            per_key_max: 2,
+            ..PoolConfig::default()
+        };
         let (pool, _) = pool(ca.credential("front"), config);
         let key = key(destination.address);
         let mut first = pool.http1(&key, &OwnNetns, false).await.unwrap();
@@ -527,7 +629,9 @@ fn a_tunnel_that_died_or_whose_credential_changed_is_not_used_again() {
     run(async {
         let ca = TestCa::new();
         let destination = Destination::start(ca.credential("cart"), |accepted| async move {
-            let Accepted::Http(mut transport, _) = accepted else { return };
+            let Accepted::Http(mut transport, _) = accepted else {
+                return;
+            };
             let mut byte = [0];
             transport.read_exact(&mut byte).await.unwrap();
             transport.write_all(&byte).await.unwrap();
@@ -577,7 +681,11 @@ fn http2_shares_connections_within_its_bounds() {
             }
         })
         .await;
-        let config = PoolConfig { h2_streams_max: 2, h2_connections_max: 2, ..PoolConfig::default() };
+        let config = PoolConfig {
+            h2_streams_max: 2,
+            h2_connections_max: 2,
+            ..PoolConfig::default()
+        };
         let (pool, _) = pool(ca.credential("front"), config);
         let key = key(destination.address);
         let (first, second) = tokio::join!(pool.h2(&key, &OwnNetns), pool.h2(&key, &OwnNetns));
@@ -595,6 +703,7 @@ fn http2_shares_connections_within_its_bounds() {
             assert_eq!(response.await.unwrap().status(), 200);
         }
         leases.pop();
+        assert_eq!(destination.accepted(), 2);
         assert!(pool.h2(&key, &OwnNetns).await.is_ok(), "a place is free again");
         leases.clear();
         pool.drain();
@@ -605,13 +714,100 @@ fn http2_shares_connections_within_its_bounds() {
     });
 }
 
+#[test]
+fn http2_leaves_a_connection_that_goes_away_and_shares_a_failure() {
+    run(async {
+        let ca = TestCa::new();
+        let destination = Destination::start(ca.credential("cart"), |accepted| async move {
+            let Accepted::Http(transport, _) = accepted else { return };
+            let mut connection = h2::server::handshake(transport).await.unwrap();
+            let mut open = Vec::new();
+            while let Some(Ok((_, respond))) = connection.accept().await {
+                // The first stream stays open, and the connection takes no other one.
+                open.push(respond);
+                connection.graceful_shutdown();
+            }
+        })
+        .await;
+        let (pool, _) = pool(ca.credential("front"), PoolConfig::default());
+        let key = key(destination.address);
+        let first = pool.h2(&key, &OwnNetns).await.ok().unwrap();
+        let mut send = first.send.clone().ready().await.unwrap();
+        let request = http::Request::builder().uri("http://cart/").body(()).unwrap();
+        let (_response, _) = send.send_request(request, true).unwrap();
+        loop {
+            let lease = pool.h2(&key, &OwnNetns).await.ok().unwrap();
+            if destination.accepted() == 2 {
+                drop(lease);
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(pool.gauge().busy, 2, "the old one still has its stream");
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let gone = TunnelKey {
+            address: listener.local_addr().unwrap(),
+            ..key
+        };
+        let dials = Rc::new(Cell::new(0));
+        let counted = dials.clone();
+        tokio::task::spawn_local(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                counted.set(counted.get() + 1);
+                drop(tcp);
+            }
+        });
+        let (first, second) = tokio::join!(pool.h2(&gone, &OwnNetns), pool.h2(&gone, &OwnNetns));
+        for failed in [first, second] {
+            assert!(matches!(
+                failed.err(),
+                Some(DialError::Handshake(HandshakeError::Io(_)))
+            ));
+        }
+        assert_eq!(dials.get(), 1, "who waits shares the failure too");
+    });
+}
+
+/// A destination that wants to be left alone serves what is on its way, and no flow is lost.
+#[test]
+fn a_retired_tunnel_loses_no_flow() {
+    run(async {
+        let ca = TestCa::new();
+        let destination = Destination::start(ca.credential("cart"), |accepted| async move {
+            let Accepted::Flow(mut flows, _) = accepted else { return };
+            flows.retire();
+            while let Some(offer) = flows.next(PATIENCE).await.unwrap() {
+                let flow = offer.accept().unwrap();
+                let (mut reader, mut writer) = tokio::io::split(flow);
+                tokio::io::copy(&mut reader, &mut writer).await.unwrap();
+                writer.shutdown().await.unwrap();
+            }
+        })
+        .await;
+        let (pool, _) = pool(ca.credential("front"), PoolConfig::default());
+        for round in 1..=3 {
+            let mut flow = pool
+                .flow(&key(destination.address), &OwnNetns, &preface(), false)
+                .await
+                .unwrap();
+            exchange(&mut flow, b"on its way already").await;
+            drop(flow);
+            assert_eq!(pool.gauge(), slots::Gauge::default(), "it is not used again");
+            assert_eq!(destination.accepted(), round);
+        }
+    });
+}
+
 /// The bytes that sniffing read belong to the stream.
 #[test]
 fn a_prefix_is_read_first() {
     run(async {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (dialed, accepted) =
-            tokio::join!(tokio::net::TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (dialed, accepted) = tokio::join!(
+            tokio::net::TcpStream::connect(listener.local_addr().unwrap()),
+            listener.accept()
+        );
         let mut transport = crate::transport::Transport::from_tcp(accepted.unwrap().0, BytesMut::from(&b"lo "[..]));
         transport.unread(b"hel");
         let mut dialed = dialed.unwrap();
