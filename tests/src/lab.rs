@@ -470,9 +470,12 @@ impl Lab {
         let state = self.state()?;
         let pod = state.pod(name)?.clone();
         if state.mesh {
-            mesh::ctl(&state, &["policy", "delete", "pod", &pod.name, "-n", &pod.namespace])?
-                .ok()
-                .with_context(|| format!("delete the pod {name}"))?;
+            mesh::ctl(
+                &state,
+                &["policy", "delete", "Pod", &pod.name, "-n", &pod.namespace, "--wait"],
+            )?
+            .ok()
+            .with_context(|| format!("delete the pod {name}"))?;
         }
         let group = kubelet::pod_cgroup(&self.cgroup, &pod);
         cgroup::kill(&group)?;

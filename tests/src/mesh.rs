@@ -124,8 +124,10 @@ pub fn start_controller(state: &State, lab_cgroup: &Path) -> Result<Child> {
         program(state, "mesh-ctl")?,
         "controller".into(),
         "--standalone".into(),
-        format!("--listen={}:{CONTROLLER_PORT}", address.v4),
-        format!("--state-dir={}", directory.display()),
+        format!("--listen=[::]:{CONTROLLER_PORT}"),
+        format!("--tls-san={}", address.v4),
+        format!("--tls-san={}", address.v6),
+        format!("--data-dir={}", directory.display()),
         format!("--operator-socket={}", operator_socket(lab).display()),
     ];
     argv.extend(state.controller_args.iter().cloned());
@@ -184,7 +186,7 @@ pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child
             .ok()
             .context("make a join token")?;
         fs::write(&token, text.trim())?;
-        let bundle = ctl(state, &["trust-bundle"])?.ok().context("read the trust bundle")?;
+        let bundle = ctl(state, &["bundle"])?.ok().context("read the trust bundle")?;
         fs::write(directory.join("trust-bundle.pem"), bundle)?;
     }
     let site = Site {
