@@ -89,4 +89,6 @@ impl RequestDefect {
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;
