@@ -8,6 +8,8 @@
 //! A stream that ends without `close_notify` is an error here, never an end: a truncated transfer must not look whole.
 //! Who the peer is gets decided by `identity::verify`; this file only carries the answer.
 
+mod session;
+
 use std::{
     cell::RefCell,
     fmt,
@@ -21,11 +23,10 @@ use std::{
 };
 
 use rustls::{
-    ClientConfig, HandshakeKind, ServerConfig,
-    client::{ClientConnectionData, UnbufferedClientConnection},
+    ClientConfig, ServerConfig,
+    client::UnbufferedClientConnection,
     pki_types::{CertificateDer, ServerName},
-    server::{ServerConnectionData, UnbufferedServerConnection},
-    unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus},
+    server::UnbufferedServerConnection,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -33,6 +34,8 @@ use tokio::{
 };
 
 use crate::identity::PeerIdentity;
+
+use session::{LeftOver, Session, Stepped, Then};
 
 /// Plaintext that one write seals at most: four full records.
 const SEAL_BYTES_MAX: usize = 64 * 1024;
@@ -73,9 +76,10 @@ pub enum HandshakeError {
     Timeout(Duration),
 }
 
-enum Session {
-    Client(Box<UnbufferedClientConnection>),
-    Server(Box<UnbufferedServerConnection>),
+/// Something small to be sealed at once.
+enum Small<'a> {
+    Data(&'a [u8]),
+    Close,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,172 +111,6 @@ pub struct TlsStream {
     write_side: WriteSide,
     failed: Option<rustls::Error>,
     peer: Option<Box<PeerIdentity>>,
-}
-
-/// Bytes that wait, with the memory given back as soon as they are gone.
-#[derive(Default)]
-struct LeftOver {
-    bytes: Vec<u8>,
-    at: usize,
-}
-
-impl LeftOver {
-    fn is_empty(&self) -> bool {
-        self.at == self.bytes.len()
-    }
-    fn as_slice(&self) -> &[u8] {
-        self.bytes.get(self.at..).unwrap_or_default()
-    }
-    fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-    }
-    fn push_front(&mut self, bytes: &[u8]) {
-        let mut all = Vec::with_capacity(bytes.len() + self.as_slice().len());
-        all.extend_from_slice(bytes);
-        all.extend_from_slice(self.as_slice());
-        *self = LeftOver { bytes: all, at: 0 };
-    }
-    fn advance(&mut self, n: usize) {
-        self.at += n;
-        if self.is_empty() {
-            *self = LeftOver::default();
-        }
-    }
-}
-
-/// The two kinds of session behind one door.
-trait Records<Data> {
-    fn has_more_to_say(&self) -> bool;
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Data>;
-}
-impl Records<ClientConnectionData> for UnbufferedClientConnection {
-    fn has_more_to_say(&self) -> bool {
-        self.wants_write()
-    }
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, ClientConnectionData> {
-        self.process_tls_records(incoming)
-    }
-}
-impl Records<ServerConnectionData> for UnbufferedServerConnection {
-    fn has_more_to_say(&self) -> bool {
-        self.wants_write()
-    }
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, ServerConnectionData> {
-        self.process_tls_records(incoming)
-    }
-}
-
-/// What to do once all whole records were opened.
-enum Then<'a> {
-    Nothing,
-    Seal { data: &'a [u8], into: &'a mut [u8] },
-    Close { into: &'a mut [u8] },
-}
-
-/// Something small to be sealed at once.
-enum Small<'a> {
-    Data(&'a [u8]),
-    Close,
-}
-
-#[derive(Default)]
-struct Stepped {
-    /// Bytes of the input that are done with.
-    consumed: usize,
-    /// Bytes that [`Then`] wrote.
-    sealed: usize,
-    /// Whether [`Then`] was possible.
-    done: bool,
-    peer_closed: bool,
-    failed: Option<rustls::Error>,
-}
-
-/// Opens every whole record in `input`, hands plaintext to `plain`, appends what the session itself has to say to
-/// `replies`, and then seals or closes. All ciphertext in `replies` comes before what [`Then`] sealed.
-fn step<D>(
-    session: &mut impl Records<D>,
-    input: &mut [u8],
-    mut plain: impl FnMut(&[u8]),
-    replies: &mut LeftOver,
-    mut then: Then<'_>,
-) -> Stepped {
-    let mut out = Stepped::default();
-    loop {
-        let rest = input.get_mut(out.consumed..).unwrap_or_default();
-        let UnbufferedStatus { mut discard, state } = session.process(rest);
-        let mut stop = false;
-        match state {
-            Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                while let Some(record) = traffic.next_record() {
-                    match record {
-                        Ok(record) => {
-                            discard += record.discard;
-                            plain(record.payload);
-                        }
-                        Err(error) => {
-                            out.failed.get_or_insert(error);
-                            break;
-                        }
-                    }
-                }
-            }
-            Ok(ConnectionState::EncodeTlsData(mut encode)) => {
-                let from = replies.bytes.len();
-                if let Err(EncodeError::InsufficientSize(need)) = encode.encode(&mut []) {
-                    replies.bytes.resize(from + need.required_size, 0);
-                    let room = replies.bytes.get_mut(from..).unwrap_or_default();
-                    let n = encode.encode(room).unwrap_or(0);
-                    replies.bytes.truncate(from + n);
-                }
-            }
-            // The bytes are in `replies`, in order, and leave before anything sealed later.
-            Ok(ConnectionState::TransmitTlsData(transmit)) => transmit.done(),
-            Ok(ConnectionState::PeerClosed) => out.peer_closed = true,
-            Ok(ConnectionState::WriteTraffic(mut traffic)) => {
-                stop = true;
-                let sealed = match &mut then {
-                    Then::Nothing => Ok(0),
-                    Then::Seal { data, into } => traffic.encrypt(data, into),
-                    Then::Close { into } => traffic.queue_close_notify(into),
-                };
-                match sealed {
-                    Ok(n) => (out.sealed, out.done) = (n, true),
-                    Err(EncryptError::EncryptExhausted) => {
-                        out.failed.get_or_insert(rustls::Error::EncryptError);
-                    }
-                    Err(EncryptError::InsufficientSize(_)) => {
-                        out.failed
-                            .get_or_insert(rustls::Error::General("record buffer too small".to_owned()));
-                    }
-                }
-            }
-            // Blocked in the handshake, closed on both sides, or early data, which is never offered.
-            Ok(_) => stop = true,
-            Err(error) => _ = out.failed.get_or_insert(error),
-        }
-        out.consumed = (out.consumed + discard).min(input.len());
-        // After an error there is at most an alert to be fetched, which comes before any record is looked at. Without
-        // one, rustls must not see the input again.
-        if stop || (out.failed.is_some() && !session.has_more_to_say()) {
-            return out;
-        }
-    }
-}
-
-impl Session {
-    fn step(&mut self, input: &mut [u8], plain: impl FnMut(&[u8]), replies: &mut LeftOver, then: Then<'_>) -> Stepped {
-        match self {
-            Session::Client(session) => step(&mut **session, input, plain, replies, then),
-            Session::Server(session) => step(&mut **session, input, plain, replies, then),
-        }
-    }
-
-    fn is_handshaking(&self) -> bool {
-        match self {
-            Session::Client(session) => session.is_handshaking(),
-            Session::Server(session) => session.is_handshaking(),
-        }
-    }
 }
 
 impl TlsStream {
@@ -329,28 +167,17 @@ impl TlsStream {
     /// The peer's certificates, leaf first. On a resumed session they are those of the session's first handshake, and
     /// no verifier saw them again.
     pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
-        match &self.session {
-            Session::Client(session) => session.peer_certificates(),
-            Session::Server(session) => session.peer_certificates(),
-        }
-        .unwrap_or_default()
+        self.session.peer_certificates()
     }
 
     /// The protocol agreed on.
     pub fn alpn(&self) -> Option<&[u8]> {
-        match &self.session {
-            Session::Client(session) => session.alpn_protocol(),
-            Session::Server(session) => session.alpn_protocol(),
-        }
+        self.session.alpn()
     }
 
     /// Whether the handshake resumed an earlier session.
     pub fn is_resumed(&self) -> bool {
-        let kind = match &self.session {
-            Session::Client(session) => session.handshake_kind(),
-            Session::Server(session) => session.handshake_kind(),
-        };
-        kind == Some(HandshakeKind::Resumed)
+        self.session.is_resumed()
     }
 
     /// Who the peer proved to be, once [`TlsStream::set_peer`] was told.

@@ -157,6 +157,7 @@ async fn an_idle_stream_keeps_no_buffer() {
         assert_eq!(dialed.read(&mut buffer).await.unwrap(), 1);
     }
     for stream in [&dialed, &accepted] {
+        assert_eq!(stream.session.key_exchange(), Some(rustls::NamedGroup::X25519MLKEM768));
         assert_eq!(stream.incoming.capacity(), 0);
         assert_eq!(stream.plain.bytes.capacity(), 0);
         assert_eq!(stream.outgoing.bytes.capacity(), 0);

@@ -799,6 +799,21 @@ fn a_retired_tunnel_loses_no_flow() {
     });
 }
 
+/// What a request's or flow's future holds while it asks for a tunnel: dialing is boxed.
+#[test]
+fn asking_for_a_tunnel_is_small() {
+    run(async {
+        let (pool, _) = pool(TestCa::new().credential("front"), PoolConfig::default());
+        let (key, preface) = (key("127.0.0.1:9".parse().unwrap()), preface());
+        let sizes = [
+            size_of_val(&pool.http1(&key, &OwnNetns, false)),
+            size_of_val(&pool.flow(&key, &OwnNetns, &preface, false)),
+            size_of_val(&pool.h2(&key, &OwnNetns)),
+        ];
+        assert!(sizes.iter().all(|size| *size <= 640), "{sizes:?}");
+    });
+}
+
 /// The bytes that sniffing read belong to the stream.
 #[test]
 fn a_prefix_is_read_first() {
