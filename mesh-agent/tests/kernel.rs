@@ -342,10 +342,7 @@ fn an_address_that_the_mesh_does_not_know_is_no_way_around_it() {
     let unknown = world.in_pod(|| TcpListener::bind("0.0.0.0:9001")).unwrap();
     let pod = world.pod_ip(false);
     let result = world.outside(move || {
-        std::process::Command::new("ip")
-            .args(["route", "add", "10.99.254.2", "via", &pod.to_string()])
-            .status()
-            .unwrap();
+        world::ip(&format!("route add 10.99.254.2 via {pod}"));
         TcpStream::connect("10.99.254.2:9001")
     });
     assert!(is_refused(&result), "{result:?}");
@@ -373,7 +370,7 @@ fn both_ways(world: &World) -> (io::Result<TcpStream>, io::Result<TcpStream>) {
 #[test]
 fn a_dead_agent_leaves_its_pods_refused() {
     let mut world = World::new();
-    drop(world.capture(2));
+    world::close(world.capture(2));
     world.die();
     let (out, inward) = both_ways(&world);
     assert!(is_refused(&out) && is_refused(&inward), "{out:?} {inward:?}");
@@ -392,7 +389,7 @@ fn a_dead_agent_with_fail_mode_pass_lets_its_pods_through() {
     let agent = world.capture(1);
     world.in_pod(|| TcpStream::connect("203.0.113.7:80")).unwrap();
     accept(&agent.outbound);
-    drop(agent);
+    world::close(agent);
     world.die();
     let (out, inward) = both_ways(&world);
     out.unwrap();
@@ -528,7 +525,7 @@ fn a_restarted_agent_takes_over_what_is_pinned() {
     let agent = world.capture(1);
     let live = world.in_pod(|| TcpStream::connect("203.0.113.7:80")).unwrap();
     let (_accepted, _) = accept(&agent.outbound);
-    drop(agent);
+    world::close(agent);
     world.die();
     world.attach();
     assert!(world.kernel().resumed());
@@ -612,7 +609,7 @@ fn what_is_known_of_a_pod_changes_in_place() {
 #[test]
 fn dead_pods_are_swept_at_start() {
     let mut world = World::new();
-    drop(world.capture(1));
+    world::close(world.capture(1));
     world.die();
     world.delete_pod();
     world.attach();

@@ -17,7 +17,7 @@ use mesh_api::{
 };
 use tokio::sync::mpsc;
 
-use crate::world::{World, accept, run_in};
+use crate::world::{World, accept, close, run_in};
 
 /// Commands that a worker's queue holds.
 const COMMANDS_MAX: usize = 16;
@@ -177,7 +177,7 @@ async fn a_pod_whose_worker_does_not_serve_is_guarded_but_not_called_captured() 
     let serving = async {
         let kept = first[0].serve().await;
         // The second one drops its listeners unconfirmed.
-        drop(second[0].told().await);
+        close(second[0].told().await);
         kept
     };
     let (_, kept) = tokio::join!(pods.reconcile(&wanted), serving);
@@ -326,7 +326,7 @@ async fn a_new_agent_keeps_wanted_pods_guarded_and_retires_the_others() {
     let both = [cart.clone(), Arc::new(other)];
     let serve_both = async { (workers[0].serve().await, workers[0].serve().await) };
     let (_, listeners) = tokio::join!(first.reconcile(&both), serve_both);
-    drop((listeners, first, workers));
+    close((listeners, first, workers));
     drop(kernel);
 
     world.attach();

@@ -7,9 +7,9 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::{Child, Command, Output, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -56,11 +56,28 @@ pub struct Exceptions {
     pub probes: Vec<u16>,
 }
 
-fn ip(arguments: &str) {
-    let output = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .output()
-        .expect("ip (iproute2) is needed");
+/// Held while a program is spawned: until it has executed, it holds a copy of every descriptor of this process, so
+/// that a listener which a test closes would live on for a moment.
+static SPAWNING: Mutex<()> = Mutex::new(());
+
+fn spawn(command: &mut Command) -> io::Result<Child> {
+    let _no_close = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
+    command.spawn()
+}
+
+fn output(command: &mut Command) -> io::Result<Output> {
+    spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?.wait_with_output()
+}
+
+/// Drops sockets for good: no program that is being spawned holds a copy.
+pub fn close<T>(sockets: T) {
+    let _no_spawn = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
+    drop(sockets);
+}
+
+/// Runs `ip`, in the network namespace of the calling thread unless told otherwise.
+pub fn ip(arguments: &str) {
+    let output = output(Command::new("ip").args(arguments.split_whitespace())).expect("ip (iproute2) is needed");
     assert!(
         output.status.success(),
         "ip {arguments}: {}",
@@ -187,9 +204,7 @@ impl World {
         ip(&format!("netns delete {}-pod", self.name));
         let deadline = Instant::now() + PATIENCE;
         let interface = format!("-n {}-out link show eth0", self.name);
-        while Command::new("ip")
-            .args(interface.split(' '))
-            .output()
+        while output(Command::new("ip").args(interface.split(' ')))
             .unwrap()
             .status
             .success()
@@ -283,9 +298,8 @@ impl Drop for World {
             eprintln!("{}: {}", self.config.pin_dir.display(), chain(&error));
         }
         for end in ["pod", "out"] {
-            let _gone_with_a_test_that_deleted_it = Command::new("ip")
-                .args(["netns", "delete", &format!("{}-{end}", self.name)])
-                .output();
+            let _gone_with_a_test_that_deleted_it =
+                output(Command::new("ip").args(["netns", "delete", &format!("{}-{end}", self.name)]));
         }
     }
 }
@@ -302,9 +316,9 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let status = Command::new("umount").arg(&self.0).status();
+        let result = output(Command::new("umount").arg(&self.0));
         if !std::thread::panicking() {
-            assert!(status.unwrap().success(), "{} was mounted", self.0.display());
+            assert!(result.unwrap().status.success(), "{} was mounted", self.0.display());
         }
     }
 }
@@ -335,7 +349,7 @@ impl Cgroup {
             self.0.display(),
             netns.display()
         );
-        Program(Command::new("sh").args(["-c", &enter, "sh", program]).spawn().unwrap())
+        Program(spawn(Command::new("sh").args(["-c", &enter, "sh", program])).unwrap())
     }
 }
 
