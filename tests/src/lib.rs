@@ -4,6 +4,26 @@
 //! per lab, all of them over real sockets. [`Lab`] is a tiny kubelet: it reads plain Kubernetes YAML, gives every pod
 //! an address, names and a cgroup, starts its commands, probes them from the node and tells the controller.
 //! It needs root and says so; it must never skip, and never leave anything behind.
+//!
+//! ```no_run
+//! use mesh_tests::{Lab, LabConfig, Packets, Place, until};
+//!
+//! fn example() -> anyhow::Result<()> {
+//!     let lab = Lab::up(LabConfig::test("example").file("fixtures/shop"))?; // meshed, two nodes, captured and ready
+//!     let capture = lab.capture("tcp")?; // what passes between the nodes from here on
+//!     let page = lab.exec("shop/visitor", &["curl", "-s", "http://cart/"])?.ok()?;
+//!     assert!(page.starts_with("cart-v"));
+//!     assert_eq!(Packets::parse(capture.stop()?)?.count("cart-v"), 0);
+//!     lab.apply("kind: …")?; // pods, services and policies; returns when every agent holds them
+//!     let served = lab.metrics("node-2")?.sum("mesh_requests_total", &[("reporter", "destination")]);
+//!     let records = lab.access_log("node-2")?;
+//!     let status = lab.ctl_json(&["status"])?;
+//!     lab.kill_agent("node-2")?;
+//!     lab.start_agent("node-2")?;
+//!     let on_node = lab.exec_in(Place::Node("node-1"), &["ip", "route"])?;
+//!     lab.down() // or drop it
+//! }
+//! ```
 
 pub mod cgroup;
 pub mod hosts;

@@ -224,14 +224,15 @@ pub fn wait_agent_ready(state: &State, lab_cgroup: &Path, node: &str) -> Result<
     let cgroup = agent_cgroup(lab_cgroup, node);
     let ready = wait::until(&format!("readiness of the agent on {node}"), START_LIMIT, || {
         if !cgroup::populated(&cgroup)? {
-            bail!("the agent ended");
+            return Ok(Some(false));
         }
         let loopback = std::net::Ipv4Addr::LOCALHOST.into();
-        probe::http(&netns, loopback, HEALTH_PORT, "/readyz", Duration::from_secs(1)).map(Some)
+        probe::http(&netns, loopback, HEALTH_PORT, "/readyz", Duration::from_secs(1))?;
+        Ok(Some(true))
     });
-    ready
-        .map(drop)
-        .with_context(|| format!("its log ends:\n{}", tail(&log)))
+    let ready = ready.with_context(|| format!("the agent's log ends:\n{}", tail(&log)))?;
+    ensure!(ready, "the agent on {node} ended:\n{}", tail(&log));
+    Ok(())
 }
 
 /// Asks an agent to end (SIGTERM) and waits until it is gone.
