@@ -80,6 +80,12 @@ spec:
 fn the_frame_of_a_document_is_checked() {
     let cases: &[(&str, &[&str])] = &[
         ("", &[]),
+        (
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, creationTimestamp: 2026-01-31}\n",
+            &[
+                "file.yaml:3: metadata.creationTimestamp: \"2026-01-31\" is no time, expected a time such as 2026-01-31T12:00:00Z",
+            ],
+        ),
         ("---\n---\n# nothing\n", &[]),
         ("- a\n", &["file.yaml:1: is a list, expected a map"]),
         (

@@ -429,7 +429,7 @@ fn spec() -> impl Strategy<Value = (Kind, serde_json::Value)> {
 fn document((kind, spec): &(Kind, serde_json::Value)) -> serde_json::Value {
     serde_json::json!({
         "apiVersion": kind.api_version(), "kind": kind.as_str(),
-        "metadata": {"name": "x", "namespace": "shop"}, "spec": spec
+        "metadata": {"name": "x", "namespace": "shop", "generation": 3, "creationTimestamp": "2026-01-31T12:00:00Z"}, "spec": spec
     })
 }
 

@@ -12,6 +12,7 @@ mod parse;
 mod references;
 mod resources;
 mod set;
+mod timestamp;
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -83,6 +84,9 @@ pub struct Meta {
     pub annotations: BTreeMap<String, String>,
     /// `metadata.generation`, counted by whoever stores the document; 0 if nobody does. Not compared by [`diff`].
     pub generation: u64,
+    /// `metadata.creationTimestamp` in seconds since 1970, set by whoever stores the document; 0 if nobody does. Of two
+    /// routes that fit equally well the older wins. Not compared by [`diff`].
+    pub created_unix: u64,
 }
 
 /// A document of one kind.
@@ -364,6 +368,11 @@ impl Document {
         put("labels", json!(meta.labels), !meta.labels.is_empty());
         put("annotations", json!(meta.annotations), !meta.annotations.is_empty());
         put("generation", json!(meta.generation), meta.generation != 0);
+        put(
+            "creationTimestamp",
+            json!(timestamp::print(meta.created_unix)),
+            meta.created_unix != 0,
+        );
         whole["apiVersion"] = json!(self.kind().api_version());
         whole["kind"] = json!(self.kind().as_str());
         whole["metadata"] = Value::Object(metadata);
@@ -378,12 +387,13 @@ impl Document {
         serde_yaml_ng::to_string(&self.to_json()).unwrap_or_default()
     }
 
-    /// Whether both say the same; `metadata.generation` is not compared.
+    /// Whether both say the same; what a store adds to the metadata is not compared.
     pub fn same_as(&self, other: &Document) -> bool {
         let plain = |document: &Document| {
             let mut json = document.to_json();
             if let Some(metadata) = json.get_mut("metadata").and_then(Value::as_object_mut) {
                 metadata.remove("generation");
+                metadata.remove("creationTimestamp");
             }
             json
         };

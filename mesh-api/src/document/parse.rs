@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{DEFAULT_NAMESPACE, Document, Kind, Meta, Object, Problem, core_reader};
+use super::{DEFAULT_NAMESPACE, Document, Kind, Meta, Object, Problem, core_reader, timestamp};
 use crate::{
     policy::check,
     read::{Decode, Field, Fields, Log, Node, Tree, load, one_of, quoted},
@@ -159,6 +159,17 @@ fn metadata(field: &Field, kind: Kind) -> Option<Meta> {
     let labels = fields.read("labels", check::labels);
     let annotations = fields.read("annotations", annotations);
     let generation = fields.read("generation", |f| f.integer(0..=u64::MAX));
+    let created = fields.read("creationTimestamp", |f| {
+        let text = f.text()?;
+        let unix = timestamp::parse(text);
+        if unix.is_none() {
+            f.refuse(
+                format!("{} is no time", quoted(text)),
+                "a time such as 2026-01-31T12:00:00Z",
+            );
+        }
+        unix
+    });
     // The rest of the metadata (uid, resourceVersion, managedFields, …) is the API server's.
     Some(Meta {
         name: name?.into(),
@@ -166,6 +177,7 @@ fn metadata(field: &Field, kind: Kind) -> Option<Meta> {
         labels: labels?.unwrap_or_default(),
         annotations: annotations?.unwrap_or_default(),
         generation: generation?.unwrap_or(0),
+        created_unix: created?.unwrap_or(0),
     })
 }
 

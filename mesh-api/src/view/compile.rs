@@ -22,6 +22,8 @@ use crate::{
 /// A policy with the name of its document.
 pub(super) struct Named<'a, P> {
     pub name: ObjectName,
+    /// When it was made, seconds since 1970; 0: unknown.
+    pub created: u64,
     pub spec: &'a P,
 }
 
@@ -95,26 +97,32 @@ impl<'a> Policies<'a> {
         match document {
             Document::MeshPolicy(object) => self.mesh.push(Named {
                 name,
+                created: meta.created_unix,
                 spec: &object.spec,
             }),
             Document::TrafficPolicy(object) => self.traffic.push(Named {
                 name,
+                created: meta.created_unix,
                 spec: &object.spec,
             }),
             Document::AccessPolicy(object) => self.access.push(Named {
                 name,
+                created: meta.created_unix,
                 spec: &object.spec,
             }),
             Document::RateLimit(object) => self.limits.push(Named {
                 name,
+                created: meta.created_unix,
                 spec: &object.spec,
             }),
             Document::HttpRoute(object) => self.routes.push(Named {
                 name,
+                created: meta.created_unix,
                 spec: &object.spec,
             }),
             Document::ServiceSubset(object) => self.subsets.push(Named {
                 name,
+                created: meta.created_unix,
                 spec: &object.spec,
             }),
             // Workloads and services come as such.

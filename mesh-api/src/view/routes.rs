@@ -99,9 +99,8 @@ fn parent_means(parent: &ParentRef, port: &ServicePort) -> bool {
 
 fn compile_route(route: &Named<'_, HttpRoute>, known: &Known<'_>) -> Vec<TableEntry> {
     let compile_rule = |(rule_index, rule): (usize, &HttpRouteRule)| TableEntry {
-        // Documents carry no time of creation yet, so that all routes are of one age and their names decide.
         age: RouteAge {
-            created: 0,
+            created: route.created,
             name: route.name.clone(),
         },
         rule_index,

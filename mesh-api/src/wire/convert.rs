@@ -220,6 +220,7 @@ impl From<&Document> for pb::PolicyDocument {
             namespace: meta.namespace.to_string(),
             name: meta.name.to_string(),
             generation: meta.generation,
+            created_unix: meta.created_unix,
             spec_json: document.policy_spec().unwrap_or_default().to_string(),
         }
     }
@@ -241,6 +242,7 @@ impl TryFrom<pb::PolicyDocument> for Document {
             namespace: key.namespace.clone(),
             name: key.name.clone(),
             generation: policy.generation,
+            created_unix: policy.created_unix,
             ..Meta::default()
         };
         policy_from_json(kind, meta, &spec).map_err(|problems| {
