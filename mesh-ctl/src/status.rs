@@ -35,7 +35,7 @@ struct ControllerReport {
     documents: u32,
     root_expires: i64,
     serving_expires: i64,
-    /// Agents get nothing new while a stored policy cannot be read.
+    /// Agents get nothing new while a stored document cannot be read.
     withheld: bool,
     unreadable: Vec<UnreadableReport>,
 }
@@ -208,7 +208,7 @@ fn text(report: &Report, now: SystemTime) -> String {
         text += &format!("unreadable: {name}: {}\n", document.why);
     }
     if controller.withheld {
-        text += "agents get nothing new until the unreadable policies are replaced or deleted\n";
+        text += "agents get nothing new until the unreadable documents are replaced or deleted\n";
     }
     if report.agents.is_empty() {
         return text + "no agents\n";

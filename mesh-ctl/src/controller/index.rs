@@ -1,9 +1,9 @@
 //! The index: the documents, the revision that they make, and what agents are told of it.
 //!
-//! One lock guards the documents; whoever changes them validates, commits to the store, and only then publishes the
-//! compiled revision. Readers take whole [`Compiled`] values and never see half an apply. A stored document that this
-//! program cannot read stays in the store; if it is a policy, what it guards is unknown, so nothing new is published
-//! until it is replaced or deleted: agents keep what they have.
+//! Whoever changes the documents does so alone: validates, commits to the store, and only then replaces the whole
+//! [`State`] and publishes the compiled revision. Readers take whole values, wait for no disk and never see half an apply. A stored document that this
+//! program cannot read stays in the store, and nothing new is published until it is replaced or deleted: without a policy,
+//! a namespace's label or the service that a policy names, a door would open. Agents keep what they have meanwhile.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -16,7 +16,7 @@ use mesh_api::{
     identity::{SpiffeId, TrustDomain},
     workload::Revision,
 };
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use super::store::{self, RevisionRecord, Store, StoreError, Stored};
@@ -58,22 +58,27 @@ pub struct Unreadable {
     pub why: String,
 }
 
+type StoredSet = BTreeMap<String, Arc<Stored>>;
+
+/// One revision's documents; replaced whole.
 struct State {
     revision: Revision,
     made: SystemTime,
-    stored: BTreeMap<String, Stored>,
+    stored: StoredSet,
     set: DocumentSet,
     unreadable: BTreeMap<String, String>,
     current: Arc<Compiled>,
-    /// Newest last.
-    recent: VecDeque<Arc<Compiled>>,
 }
 
 /// See the module.
 pub struct Index {
     store: Arc<Store>,
     trust_domain: TrustDomain,
-    state: Mutex<State>,
+    /// Held by whoever changes the documents, from the first look to the publication.
+    writer: Mutex<()>,
+    state: RwLock<Arc<State>>,
+    /// Newest last.
+    recent: Mutex<VecDeque<Arc<Compiled>>>,
     published: watch::Sender<Option<Arc<Compiled>>>,
     /// Agents that hold an older revision got it from a program that may have compiled it otherwise.
     resume_floor: u64,
@@ -119,7 +124,7 @@ fn read(key: &str, stored: &Stored) -> Result<Document, String> {
 }
 
 /// Reads all stored documents, and says which cannot be.
-fn read_all(stored: &BTreeMap<String, Stored>) -> (DocumentSet, BTreeMap<String, String>) {
+fn read_all(stored: &StoredSet) -> (DocumentSet, BTreeMap<String, String>) {
     let mut set = DocumentSet::new();
     let mut unreadable = BTreeMap::new();
     for (key, stored) in stored {
@@ -133,11 +138,6 @@ fn read_all(stored: &BTreeMap<String, Stored>) -> (DocumentSet, BTreeMap<String,
         }
     }
     (set, unreadable)
-}
-
-/// Whether an unreadable document may be one that guards. A kind that is not known may be.
-fn may_guard(key: &str) -> bool {
-    Kind::find(key_parts(key).0).is_none_or(Kind::is_policy)
 }
 
 impl Compiled {
@@ -178,7 +178,8 @@ impl Index {
             Some(record) => UNIX_EPOCH + Duration::from_millis(record.time_ms),
             None => UNIX_EPOCH,
         };
-        let (set, unreadable) = read_all(&loaded.documents);
+        let stored: StoredSet = loaded.documents.into_iter().map(|(k, v)| (k, Arc::new(v))).collect();
+        let (set, unreadable) = read_all(&stored);
         for (key, why) in &unreadable {
             tracing::error!(document = %key, %why, "a stored document cannot be read; it is kept");
         }
@@ -191,19 +192,20 @@ impl Index {
         let index = Index {
             store,
             trust_domain,
-            state: Mutex::new(State {
+            writer: Mutex::new(()),
+            state: RwLock::new(Arc::new(State {
                 revision,
                 made,
-                stored: loaded.documents,
+                stored,
                 set,
                 unreadable,
                 current,
-                recent: VecDeque::new(),
-            }),
+            })),
+            recent: Mutex::default(),
             published: watch::Sender::new(None),
             resume_floor,
         };
-        index.publish(&mut index.state.lock());
+        index.publish(&index.state());
         Ok(index)
     }
 
@@ -212,19 +214,19 @@ impl Index {
         &self.trust_domain
     }
 
-    fn publish(&self, state: &mut State) {
-        if state
-            .recent
-            .back()
-            .is_none_or(|last| last.revision != state.current.revision)
-        {
-            state.recent.push_back(state.current.clone());
-            while state.recent.len() > COMPILED_MAX {
-                state.recent.pop_front();
-            }
+    fn state(&self) -> Arc<State> {
+        self.state.read().clone()
+    }
+
+    fn publish(&self, state: &State) {
+        let mut recent = self.recent.lock();
+        recent.push_back(state.current.clone());
+        while recent.len() > COMPILED_MAX {
+            recent.pop_front();
         }
-        if state.unreadable.keys().any(|key| may_guard(key)) {
-            tracing::error!("nothing is sent to agents while a stored policy cannot be read");
+        drop(recent);
+        if !state.unreadable.is_empty() {
+            tracing::error!("nothing is sent to agents while a stored document cannot be read");
         } else {
             self.published.send_replace(Some(state.current.clone()));
         }
@@ -237,29 +239,29 @@ impl Index {
 
     /// The newest revision as compiled, published or not.
     pub fn current(&self) -> Arc<Compiled> {
-        self.state.lock().current.clone()
+        self.state().current.clone()
     }
 
     /// The newest revision, when it was made, and how many documents it has.
     pub fn summary(&self) -> (Revision, SystemTime, usize) {
-        let state = self.state.lock();
+        let state = self.state();
         (state.revision, state.made, state.stored.len())
     }
 
     /// Stored documents that cannot be read, and whether that withholds revisions from agents.
     pub fn unreadable(&self) -> (Vec<Unreadable>, bool) {
-        let state = self.state.lock();
+        let state = self.state();
         let all = state.unreadable.iter().map(|(key, why)| Unreadable {
             key: key.clone(),
             why: why.clone(),
         });
-        (all.collect(), state.unreadable.keys().any(|key| may_guard(key)))
+        (all.collect(), !state.unreadable.is_empty())
     }
 
     /// The stored documents that match; an empty field matches everything.
-    pub fn get(&self, kind: &str, namespace: &str, name: &str) -> (Revision, Vec<(String, Stored, String)>) {
+    pub fn get(&self, kind: &str, namespace: &str, name: &str) -> (Revision, Vec<(String, Arc<Stored>, String)>) {
         let kind = Kind::find(kind).map_or(kind, |kind| kind.as_str());
-        let state = self.state.lock();
+        let state = self.state();
         let matches = |key: &str| {
             let parts = key_parts(key);
             (kind.is_empty() || parts.0 == kind)
@@ -279,41 +281,32 @@ impl Index {
 
     /// The revision of that number as it was compiled, if an agent that holds it can be brought on from it.
     pub fn compiled_at(&self, revision: Revision) -> Option<Arc<Compiled>> {
-        let (stored, newest) = {
-            let state = self.state.lock();
-            if revision.0 == 0 || revision > state.revision || revision.0 < self.resume_floor {
-                return None;
-            }
-            if let Some(found) = state.recent.iter().find(|c| c.revision == revision) {
-                return Some(found.clone());
-            }
-            (state.stored.clone(), state.revision)
-        };
-        let compiled = match self.rebuild(revision, newest, stored) {
-            Ok(compiled) => compiled?,
+        let state = self.state();
+        if revision.0 == 0 || revision > state.revision || revision.0 < self.resume_floor {
+            return None;
+        }
+        // Held throughout: agents that come back together rebuild a revision once.
+        let mut recent = self.recent.lock();
+        if let Some(found) = recent.iter().find(|c| c.revision == revision) {
+            return Some(found.clone());
+        }
+        let compiled = match self.rebuild(revision, &state) {
+            Ok(compiled) => Arc::new(compiled?),
             Err(error) => {
                 tracing::warn!(%error, %revision, "the history cannot be read");
                 return None;
             }
         };
-        let compiled = Arc::new(compiled);
-        let mut state = self.state.lock();
-        if state.recent.iter().all(|c| c.revision != revision) {
-            // Before the newest, which stays last.
-            state.recent.push_front(compiled.clone());
-            while state.recent.len() > COMPILED_MAX {
-                state.recent.pop_front();
-            }
+        if recent.len() >= COMPILED_MAX {
+            recent.pop_front();
         }
+        recent.push_front(compiled.clone());
         Some(compiled)
     }
 
-    fn rebuild(
-        &self,
-        revision: Revision,
-        newest: Revision,
-        mut stored: BTreeMap<String, Stored>,
-    ) -> Result<Option<Compiled>, StoreError> {
+    fn rebuild(&self, revision: Revision, state: &State) -> Result<Option<Compiled>, StoreError> {
+        let newest = state.revision;
+        let mut stored = state.stored.clone();
         let mut records = self.store.history_after(revision.0)?;
         // An apply may have come in between.
         records.retain(|record| record.revision <= newest.0);
@@ -322,13 +315,13 @@ impl Index {
         }
         for change in records.into_iter().flat_map(|record| record.changes) {
             match change.before {
-                Some(before) => stored.insert(change.key, before),
+                Some(before) => stored.insert(change.key, Arc::new(before)),
                 None => stored.remove(&change.key),
             };
         }
         let (set, unreadable) = read_all(&stored);
         let known = unreadable.is_empty();
-        Ok(known.then(|| Compiled::new(revision, &set, &self.trust_domain, None)))
+        Ok(known.then(|| Compiled::new(revision, &set, &self.trust_domain, Some(&state.current))))
     }
 
     /// Validates all sources together and makes them the next revision, or changes nothing. Blocks on the disk.
@@ -353,7 +346,8 @@ impl Index {
                 Err(found) => problems.extend(found),
             }
         }
-        let mut state = self.state.lock();
+        let _alone = self.writer.lock();
+        let state = self.state();
         let mut outcome = Outcome {
             revision: state.revision,
             problems,
@@ -368,7 +362,7 @@ impl Index {
         for (_, mut document) in documents {
             let key = document.key();
             let text = text_of(&key);
-            let before = state.stored.get(&text).cloned();
+            let before = state.stored.get(&text).map(|stored| Stored::clone(stored));
             let change = match (&before, state.set.get(&key)) {
                 (None, _) => Change::Created,
                 (Some(_), Some(old)) if old.same_as(&document) => Change::Unchanged,
@@ -379,6 +373,11 @@ impl Index {
                 continue;
             }
             document.meta_mut().generation = 0;
+            // The controller's own clock says how old a document is, not the file that it came in.
+            document.meta_mut().created_unix = match state.set.get(&key) {
+                Some(old) => old.meta().created_unix,
+                None => milliseconds(now) / 1000,
+            };
             let generation = before.as_ref().map_or(0, |stored| stored.generation) + 1;
             let after = Stored {
                 generation,
@@ -404,13 +403,14 @@ impl Index {
             return Ok(outcome);
         }
         outcome.warnings = set.validate();
-        self.finish(&mut state, set, records, dry_run, now, &mut outcome)?;
+        self.finish(&state, set, records, dry_run, now, &mut outcome)?;
         Ok(outcome)
     }
 
     /// Deletes documents by `Kind/namespace/name`; one that is not there is a warning. Blocks on the disk.
     pub fn delete(&self, keys: &[String], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
-        let mut state = self.state.lock();
+        let _alone = self.writer.lock();
+        let state = self.state();
         let mut outcome = Outcome {
             revision: state.revision,
             ..Outcome::default()
@@ -419,7 +419,7 @@ impl Index {
         let mut records = Vec::new();
         for text in keys.iter().collect::<BTreeSet<_>>() {
             let (kind, namespace, name) = key_parts(text);
-            let Some(before) = state.stored.get(text).cloned() else {
+            let Some(before) = state.stored.get(text) else {
                 let message = format!("{kind} {namespace}/{name} is not there");
                 outcome.warnings.push(plain_problem("", message, ""));
                 continue;
@@ -431,17 +431,17 @@ impl Index {
             }
             records.push(store::Change {
                 key: text.clone(),
-                before: Some(before),
+                before: Some(Stored::clone(before)),
                 after: None,
             });
         }
-        self.finish(&mut state, set, records, dry_run, now, &mut outcome)?;
+        self.finish(&state, set, records, dry_run, now, &mut outcome)?;
         Ok(outcome)
     }
 
     fn finish(
         &self,
-        state: &mut State,
+        state: &State,
         set: DocumentSet,
         changes: Vec<store::Change>,
         dry_run: bool,
@@ -458,23 +458,25 @@ impl Index {
             changes,
         };
         self.store.commit(&record)?;
+        let (mut stored, mut unreadable) = (state.stored.clone(), state.unreadable.clone());
         for change in record.changes {
-            state.unreadable.remove(&change.key);
+            unreadable.remove(&change.key);
             match change.after {
-                Some(after) => state.stored.insert(change.key, after),
-                None => state.stored.remove(&change.key),
+                Some(after) => stored.insert(change.key, Arc::new(after)),
+                None => stored.remove(&change.key),
             };
         }
-        state.set = set;
-        state.revision = revision;
-        state.made = now;
-        state.current = Arc::new(Compiled::new(
+        let current = Compiled::new(revision, &set, &self.trust_domain, Some(&state.current));
+        let state = Arc::new(State {
             revision,
-            &state.set,
-            &self.trust_domain,
-            Some(&state.current),
-        ));
-        self.publish(state);
+            made: now,
+            stored,
+            set,
+            unreadable,
+            current: Arc::new(current),
+        });
+        *self.state.write() = state.clone();
+        self.publish(&state);
         tracing::info!(%revision, documents = state.stored.len(), "a new revision");
         outcome.revision = revision;
         Ok(())
@@ -502,4 +504,126 @@ fn resume_floor(store: &Store, revision: u64) -> Result<u64, StoreError> {
     let floor = revision + 1;
     store.put_settings(&[("program", program), ("resume.floor", &floor.to_le_bytes())])?;
     Ok(floor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &std::path::Path) -> (Arc<Store>, Index) {
+        let store = Arc::new(Store::open(dir, 10).unwrap());
+        let index = Index::open(store.clone(), TrustDomain::new("cluster.local").unwrap()).unwrap();
+        (store, index)
+    }
+
+    fn apply(index: &Index, yaml: &str) -> Outcome {
+        let sources = [("test.yaml".to_owned(), yaml.to_owned())];
+        index.apply(&sources, false, SystemTime::now()).unwrap()
+    }
+
+    const STRICT: &str = "apiVersion: nodemesh.io/v1alpha1\nkind: MeshPolicy\nmetadata: {name: strict, namespace: shop}\n\
+                          spec: {targetRefs: [{kind: Namespace, name: shop}], mtls: {mode: strict}}\n";
+
+    fn service(name: &str, port: u16) -> String {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{clusterIP: 10.96.0.{port}, ports: [{{port: {port}}}]}}\n"
+        )
+    }
+
+    /// Makes a stored document one that no program can read, as a newer one might have left it.
+    fn spoil(store: &Store, index: &Index, key: &str) {
+        let (revision, found) = index.get("", "", "");
+        let (_, stored, _) = found.into_iter().find(|(k, ..)| k == key).unwrap();
+        let mut after = Stored::clone(&stored);
+        after.document["spec"] = serde_json::json!({ "fromTheFuture": true });
+        after.document["apiVersion"] = "nodemesh.io/v9".into();
+        let change = store::Change {
+            key: key.to_owned(),
+            before: Some(Stored::clone(&stored)),
+            after: Some(after),
+        };
+        let record = RevisionRecord {
+            revision: revision.0 + 1,
+            time_ms: 0,
+            changes: vec![change],
+        };
+        store.commit(&record).unwrap();
+    }
+
+    #[test]
+    fn an_older_revision_is_rebuilt_from_the_history_as_far_as_that_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        {
+            let (_store, index) = open(dir.path());
+            for n in 1..=20 {
+                apply(&index, &service(&format!("s{}", n % 3), n));
+            }
+        }
+        let (_store, index) = open(dir.path());
+        assert_eq!(index.summary().0, Revision(20));
+        assert!(index.compiled_at(Revision(0)).is_none());
+        assert!(index.compiled_at(Revision(21)).is_none());
+        assert!(index.compiled_at(Revision(9)).is_none(), "ten are kept");
+        for n in 10..=20 {
+            let compiled = index.compiled_at(Revision(n)).unwrap();
+            let mut ports: Vec<u16> = compiled
+                .resources
+                .values()
+                .filter_map(|resource| match &**resource {
+                    Resource::Service(service) => service.ports.first().map(|port| port.port),
+                    _ => None,
+                })
+                .collect();
+            ports.sort();
+            assert_eq!(ports, [n as u16 - 2, n as u16 - 1, n as u16], "revision {n}");
+        }
+    }
+
+    #[test]
+    fn an_unreadable_document_is_kept_and_withholds_and_its_replacement_publishes() {
+        let cart = service("cart", 80);
+        let cases = [
+            ("MeshPolicy/shop/strict", STRICT, true),
+            ("MeshPolicy/shop/strict", STRICT, false),
+            ("Service/shop/cart", cart.as_str(), true),
+            ("Service/shop/cart", cart.as_str(), false),
+        ];
+        for (key, text, replace) in cases {
+            let (kind, ..) = key_parts(key);
+            let dir = tempfile::tempdir().unwrap();
+            {
+                let (store, index) = open(dir.path());
+                apply(&index, &format!("{STRICT}---\n{cart}"));
+                spoil(&store, &index, key);
+            }
+            let (_store, index) = open(dir.path());
+            assert!(
+                index.subscribe().borrow().is_none(),
+                "nothing may be published without it"
+            );
+            let (unreadable, withheld) = index.unreadable();
+            assert_eq!((unreadable.len(), withheld), (1, true));
+            assert_eq!(index.get(kind, "shop", "").1.len(), 1, "it must not be lost");
+            assert!(
+                index.compiled_at(Revision(1)).is_none(),
+                "an agent may hold what cannot be read"
+            );
+
+            apply(&index, &service("other", 81));
+            assert!(
+                index.subscribe().borrow().is_none(),
+                "another apply must not publish either"
+            );
+            if replace {
+                apply(&index, text);
+            } else {
+                index.delete(&[key.to_owned()], false, SystemTime::now()).unwrap();
+            }
+            let published = index.subscribe().borrow().clone().unwrap();
+            assert_eq!(published.revision, Revision(4));
+            assert_eq!(published.resources.len(), if replace { 3 } else { 2 });
+            assert!(!index.unreadable().1);
+        }
+    }
 }
