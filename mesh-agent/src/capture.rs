@@ -161,7 +161,11 @@ fn captured(
     net::tune(&stream);
     let original = match direction {
         Direction::Outbound => worker.shared.kernel.take_original_destination(pod.cookie(), source),
-        Direction::Inbound => stream.local_addr().ok(),
+        // Who connects to the agent's own listener was not steered: delivering there would come back here for ever.
+        Direction::Inbound => stream
+            .local_addr()
+            .ok()
+            .filter(|local| pod.workload().addresses.contains(&local.ip().to_canonical())),
     };
     let Some(original) = original else {
         net::reset_on_close(&stream);
