@@ -4,8 +4,14 @@
 //! decision mixes two revisions. A publication touches no connection: relays wait on [`Published::changed`] and judge
 //! their permit again. A holder must never publish an older revision than it shows.
 
+pub mod controller;
+pub mod node;
+pub mod session;
 pub mod snapshot;
 pub mod sync;
+
+pub use controller::ControllerClient;
+pub use session::{AgentReport, SyncConfig, SyncError, SyncHealth, ViewSync};
 
 use std::{sync::Arc, time::Duration};
 
