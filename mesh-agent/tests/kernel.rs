@@ -35,6 +35,8 @@ enum Way {
     V4Mapped,
     NonBlocking,
     Bound,
+    /// `sendto` with `MSG_FASTOPEN`: there is no `connect()`.
+    FastOpen,
 }
 
 fn connect(way: Way, pod: IpAddr, to: SocketAddr) -> io::Result<Socket> {
@@ -45,6 +47,10 @@ fn connect(way: Way, pod: IpAddr, to: SocketAddr) -> io::Result<Socket> {
     let socket = tcp(Domain::for_address(address));
     if let Way::Bound = way {
         socket.bind(&SocketAddr::new(pod, 0).into())?;
+    }
+    if let Way::FastOpen = way {
+        socket.send_to_with_flags(b"early", &address.into(), libc::MSG_FASTOPEN)?;
+        return Ok(socket);
     }
     if let Way::NonBlocking = way {
         socket.set_nonblocking(true)?;
@@ -77,6 +83,8 @@ fn every_way_to_connect_reaches_the_agent_and_shows_the_destination() {
         (Way::NonBlocking, "[2001:db8::9]:83"),
         (Way::Bound, "203.0.113.10:84"),
         (Way::Bound, "[2001:db8::10]:85"),
+        (Way::FastOpen, "203.0.113.11:86"),
+        (Way::FastOpen, "[2001:db8::11]:87"),
     ];
     for (way, destination) in cases {
         let destination: SocketAddr = destination.parse().unwrap();
@@ -92,6 +100,11 @@ fn every_way_to_connect_reaches_the_agent_and_shows_the_destination() {
         );
         assert_eq!(shown(application.peer_addr()), destination, "{way:?}: getpeername");
         assert_eq!(shown(application.local_addr()).ip(), pod_ip, "{way:?}: getsockname");
+        if let Way::FastOpen = way {
+            let mut early = [0; 5];
+            accepted.read_exact(&mut early).unwrap();
+            assert_eq!(&early, b"early");
+        }
         accepted.write_all(b"hello").unwrap();
         drop(accepted);
         let mut text = String::new();

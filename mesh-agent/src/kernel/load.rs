@@ -4,7 +4,7 @@
 //! an advisory lock, shared by every living agent: who can have it alone knows that no other agent lives.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -22,7 +22,7 @@ use mesh_abi::{ABI_SYMBOL, ABI_VERSION, Config, REASONS, maps as names, programs
 use parking_lot::Mutex;
 
 use super::{
-    Kernel, KernelConfig, KernelError, KernelLogger, Peers, cgroup, links,
+    KERNEL_MIN, Kernel, KernelConfig, KernelError, KernelLogger, Peers, cgroup, links,
     maps::{Listeners, Map, Maps},
     sys::{self, AttachType},
 };
@@ -45,6 +45,7 @@ const CGROUP_PROGRAMS: [(&str, AttachType); 8] = [
 
 pub fn attach(config: &KernelConfig, entry: &Config) -> Result<Kernel, KernelError> {
     let pin_dir = &config.pin_dir;
+    check_kernel(&fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())?;
     cgroup::ensure_pin_dir(pin_dir)?;
     let (generation, alone) = lock(pin_dir)?;
     let resumed = check_abi(pin_dir)?;
@@ -84,6 +85,17 @@ pub fn attach(config: &KernelConfig, entry: &Config) -> Result<Kernel, KernelErr
         links::cgroup(pin_dir, name, program, *attach_type, (&cgroup_dir, cgroup_id))?;
     }
     Ok(kernel)
+}
+
+/// Refuses a kernel older than [`KERNEL_MIN`]. A release that cannot be read is tried: loading will tell.
+fn check_kernel(release: &str) -> Result<(), KernelError> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < KERNEL_MIN => Err(KernelError::TooOld {
+            release: release.trim().to_owned(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Takes the shared lock of a living agent; also says whether there is no other.
@@ -231,4 +243,26 @@ fn logger(ebpf: &mut Ebpf) -> Option<KernelLogger> {
     EbpfLogger::init(ebpf)
         .inspect_err(|error| tracing::warn!(%error, "kernel programs do not log"))
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_kernel;
+
+    #[test]
+    fn old_kernels_are_refused_with_their_name() {
+        let cases = [
+            ("6.18.44-fc-v669\n", true),
+            ("6.1.0-13-cloud-amd64", true),
+            ("7.0", true),
+            ("5.15.0", false),
+            ("6.0.19", false),
+            ("unreadable", true),
+        ];
+        for (release, good) in cases {
+            assert_eq!(check_kernel(release).is_ok(), good, "{release}");
+        }
+        let error = check_kernel("5.10.0-28\n").unwrap_err();
+        assert_eq!(error.to_string(), "kernel 5.10.0-28 is older than 6.1");
+    }
 }

@@ -32,6 +32,9 @@ pub use cgroup::{cgroup2_root, node_addresses};
 use links::steer_pin;
 use maps::Maps;
 
+/// The oldest kernel that the programs were tested on.
+pub const KERNEL_MIN: (u32, u32) = (6, 1);
+
 /// The cookie of a network namespace (`SO_NETNS_COOKIE`): never used again while the machine is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetnsCookie(pub u64);
@@ -72,6 +75,12 @@ pub struct KernelConfig {
 /// Why the kernel side could not do as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
+    /// The kernel lacks what the programs need, such as `bpf_get_netns_cookie` in every hook.
+    #[error("kernel {release} is older than {}.{}", KERNEL_MIN.0, KERNEL_MIN.1)]
+    TooOld {
+        /// The kernel's release.
+        release: String,
+    },
     /// The bpffs could not be made ready.
     #[error("bpffs for {}", .path.display())]
     Bpffs {
@@ -88,8 +97,8 @@ pub enum KernelError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The object was refused; the kernel may be older than 6.1, or the object of another ABI version.
-    #[error("loading the kernel programs (ABI version {ABI_VERSION}, kernel 6.1 or later)")]
+    /// The object was refused: the kernel lacks something, or the object is of another ABI version.
+    #[error("loading the kernel programs (ABI version {ABI_VERSION})")]
     Load(#[source] Box<aya::EbpfError>),
     /// One program was refused by the verifier.
     #[error("loading kernel program {name}")]
@@ -247,7 +256,7 @@ impl Drop for PeerGuard {
 impl Kernel {
     /// Loads the programs, pins maps and links, and takes over what an earlier agent left pinned.
     ///
-    /// Needs root and a kernel of 6.1 or later. When this returns, pods enrolled by an earlier agent are captured
+    /// Needs root and a kernel of [`KERNEL_MIN`] or later. When this returns, pods enrolled by an earlier agent are captured
     /// still; none is enrolled anew.
     pub fn attach(config: &KernelConfig) -> Result<Kernel, KernelError> {
         let entry = config_entry(config)?;
