@@ -131,6 +131,58 @@ fn entries(gauges: &[MapGauge], map: &str) -> u64 {
 }
 
 #[test]
+fn no_connection_among_many_gets_anothers_destination() {
+    const APPLICATIONS: u16 = 4;
+    const CONNECTIONS: u16 = 250;
+    let world = World::new();
+    let agent = world.capture(2);
+    let (kernel, cookie) = (world.kernel(), world.cookie());
+    std::thread::scope(|threads| {
+        for listener in &agent.outbound {
+            // The agent tells each application where it wanted to go; the end of the test ends the accepting.
+            threads.spawn(move || {
+                while let Ok((mut stream, source)) = listener.accept() {
+                    match kernel.take_original_destination(cookie, source) {
+                        Some(destination) => stream.write_all(destination.to_string().as_bytes()).unwrap(),
+                        None => break,
+                    }
+                }
+            });
+        }
+        let applications: Vec<_> = (0..APPLICATIONS)
+            .map(|application| {
+                let in_pod = move || {
+                    for connection in 0..CONNECTIONS {
+                        let port = 1 + application * CONNECTIONS + connection;
+                        let destination: SocketAddr = match connection % 2 {
+                            0 => ([203, 0, 113, 7], port).into(),
+                            _ => ("2001:db8::7".parse::<Ipv6Addr>().unwrap(), port).into(),
+                        };
+                        let mut stream = TcpStream::connect(destination).unwrap();
+                        let mut told = String::new();
+                        stream.read_to_string(&mut told).unwrap();
+                        assert_eq!(told, destination.to_string());
+                    }
+                };
+                let netns = world.netns_path();
+                threads.spawn(move || world::run_in(&netns, in_pod))
+            })
+            .collect();
+        let results: Vec<_> = applications.into_iter().map(|application| application.join()).collect();
+        for listener in &agent.outbound {
+            world::stop_accepting(listener);
+        }
+        assert!(results.iter().all(Result::is_ok));
+    });
+    assert_eq!(world.count(Reason::Captured), u64::from(APPLICATIONS * CONNECTIONS));
+    assert_eq!(
+        entries(&world.kernel().gauges(), "ORIG_BY_FLOW"),
+        0,
+        "every entry was taken"
+    );
+}
+
+#[test]
 fn what_is_not_to_be_captured_passes_and_shows_the_truth() {
     let world = World::new();
     let (excluded, excluded_at) = listen_outside(&world, false);

@@ -248,6 +248,46 @@ async fn the_nodes_addresses_come_with_the_view() {
 }
 
 #[tokio::test]
+async fn another_pod_under_the_same_name_is_captured_anew() {
+    let mut world = World::new();
+    let successor = World::new();
+    let kernel = world.take_kernel();
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("netns");
+    std::os::unix::fs::symlink(world.netns_path(), &path).unwrap();
+    let (mut pods, mut workers) = pods(&kernel, 1);
+    let mut wanted = workload(&world, "cart");
+    wanted.netns = Some(path.to_str().unwrap().into());
+    let _first = reconcile_and_serve(&mut pods, &mut workers, &[Arc::new(wanted.clone())]).await;
+
+    // The file goes before the pod does: that alone changes nothing.
+    std::fs::remove_file(&path).unwrap();
+    pods.reconcile(&[Arc::new(wanted.clone())]).await;
+    assert_eq!(
+        kernel.enrolled().unwrap().into_iter().collect::<Vec<_>>(),
+        [world.cookie()]
+    );
+
+    std::os::unix::fs::symlink(successor.netns_path(), &path).unwrap();
+    let wanted = [Arc::new(wanted)];
+    let serving = async {
+        assert!(matches!(workers[0].told().await, Told::Retire(cookie) if cookie == world.cookie()));
+        workers[0].serve().await
+    };
+    let (_, (outbound, _inbound)) = tokio::join!(pods.reconcile(&wanted), serving);
+    assert_eq!(
+        kernel.enrolled().unwrap().into_iter().collect::<Vec<_>>(),
+        [successor.cookie()]
+    );
+    successor.in_pod(|| TcpStream::connect("203.0.113.7:80")).unwrap();
+    accept(&outbound);
+    assert_eq!(
+        pods.directory().by_name(&wanted[0].name).unwrap().cookie(),
+        successor.cookie()
+    );
+}
+
+#[tokio::test]
 async fn a_taken_port_is_left_to_its_owner_and_ipv6_may_be_absent() {
     let mut world = World::new();
     let kernel = world.take_kernel();

@@ -463,6 +463,13 @@ pub fn accept_any(listeners: &[TcpListener]) -> (usize, TcpStream, SocketAddr) {
     (index, stream, source)
 }
 
+/// Wakes who is blocked in accepting, and refuses who comes.
+pub fn stop_accepting(listener: &TcpListener) {
+    // SAFETY: a system call on an open descriptor.
+    let result = unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
 /// Whether nothing waits to be accepted.
 pub fn is_idle(listeners: &[TcpListener]) -> bool {
     listeners.iter().all(|listener| {
