@@ -19,10 +19,6 @@ use super::KernelError;
 
 const BPF_FS_MAGIC: libc::c_long = 0xcafe_4a11;
 
-fn not_found(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, what)
-}
-
 /// The id of a cgroup2 directory, as `bpf_get_current_cgroup_id` returns it: the inode.
 pub fn cgroup_id(path: &Path) -> Result<u64, KernelError> {
     fs::metadata(path)
@@ -33,47 +29,64 @@ pub fn cgroup_id(path: &Path) -> Result<u64, KernelError> {
         })
 }
 
-/// The mount point of the cgroup2 hierarchy and the root of that mount within the hierarchy.
-fn cgroup2_mount() -> Result<(PathBuf, PathBuf), KernelError> {
-    let path = Path::new("/proc/self/mountinfo");
-    let failed = |source| KernelError::Cgroup {
+/// The mounts of the cgroup2 hierarchy in a `mountinfo`: the mount point, and the root of that mount within the
+/// hierarchy. A container may see several, one of them the host's.
+fn cgroup2_mounts(mountinfo: &str) -> Vec<(PathBuf, PathBuf)> {
+    let mounts = mountinfo.lines().filter_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        kind.starts_with("cgroup2 ")
+            .then(|| (PathBuf::from(point), PathBuf::from(root)))
+    });
+    mounts.collect()
+}
+
+fn read(path: &Path) -> Result<String, KernelError> {
+    fs::read_to_string(path).map_err(|source| KernelError::Cgroup {
         path: path.to_owned(),
         source,
-    };
-    let text = fs::read_to_string(path).map_err(failed)?;
-    text.lines()
-        .find_map(|line| {
-            let (mount, kind) = line.split_once(" - ")?;
-            let mut fields = mount.split(' ').skip(3);
-            let (root, point) = (fields.next()?, fields.next()?);
-            kind.starts_with("cgroup2 ")
-                .then(|| (PathBuf::from(point), PathBuf::from(root)))
-        })
-        .ok_or_else(|| failed(not_found("no cgroup2 file system is mounted")))
+    })
+}
+
+fn none(path: &str, what: &str) -> KernelError {
+    KernelError::Cgroup {
+        path: path.into(),
+        source: io::Error::new(io::ErrorKind::NotFound, what),
+    }
 }
 
 /// The root of the cgroup2 hierarchy, as far as this process sees it.
 pub fn cgroup2_root() -> Result<PathBuf, KernelError> {
-    cgroup2_mount().map(|(point, _)| point)
+    let mounts = cgroup2_mounts(&read(Path::new("/proc/self/mountinfo"))?);
+    mounts
+        .into_iter()
+        .next()
+        .map(|(point, _)| point)
+        .ok_or_else(|| none("/proc/self/mountinfo", "no cgroup2 file system is mounted"))
+}
+
+/// Where a process whose line in `/proc/<pid>/cgroup` names `own` is to be found below the mounts.
+fn places(mounts: &[(PathBuf, PathBuf)], own: &str) -> Vec<PathBuf> {
+    let places = mounts.iter().filter_map(|(point, root)| {
+        let below = Path::new(own).strip_prefix(root).ok()?;
+        Some(point.join(below))
+    });
+    places.collect()
 }
 
 /// The id of the cgroup2 that this process is in.
 pub fn own_cgroup_id() -> Result<u64, KernelError> {
-    let path = Path::new("/proc/self/cgroup");
-    let failed = |source| KernelError::Cgroup {
-        path: path.to_owned(),
-        source,
-    };
-    let text = fs::read_to_string(path).map_err(failed)?;
+    let text = read(Path::new("/proc/self/cgroup"))?;
     let own = text
         .lines()
         .find_map(|line| line.strip_prefix("0::"))
-        .ok_or_else(|| failed(not_found("this process is in no cgroup2")))?;
-    let (point, root) = cgroup2_mount()?;
-    let below = Path::new(own)
-        .strip_prefix(&root)
-        .map_err(|_| failed(not_found("this process's cgroup2 is outside the mounted hierarchy")))?;
-    cgroup_id(&point.join(below))
+        .ok_or_else(|| none("/proc/self/cgroup", "this process is in no cgroup2"))?;
+    let mounts = cgroup2_mounts(&read(Path::new("/proc/self/mountinfo"))?);
+    places(&mounts, own)
+        .iter()
+        .find_map(|place| cgroup_id(place).ok())
+        .ok_or_else(|| none(own, "this process's cgroup2 is below no mount of the hierarchy"))
 }
 
 /// The node's addresses, from the interfaces of the calling process's network namespace: without loopback and
@@ -166,4 +179,32 @@ pub fn ensure_pin_dir(pin_dir: &Path) -> Result<(), KernelError> {
         tracing::info!(path = %point.display(), "mounted a bpffs");
     }
     fs::create_dir_all(pin_dir).map_err(failed(pin_dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::{cgroup2_mounts, places};
+
+    const HYBRID: &str = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,name=systemd
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw";
+    const CONTAINER: &str = "700 600 0:26 /../../.. /host/sys/fs/cgroup rw - cgroup2 cgroup rw
+701 600 0:26 / /sys/fs/cgroup ro,nosuid - cgroup2 cgroup rw";
+
+    #[test]
+    fn the_own_cgroup_is_found_below_the_right_mount() {
+        let cases = [
+            (HYBRID, "/", vec!["/sys/fs/cgroup/unified/"]),
+            (HYBRID, "/lab/agent", vec!["/sys/fs/cgroup/unified/lab/agent"]),
+            // In a cgroup namespace of its own, only the namespace's mount speaks of paths as /proc does.
+            (CONTAINER, "/", vec!["/sys/fs/cgroup/"]),
+            ("", "/", vec![]),
+        ];
+        for (mountinfo, own, expected) in cases {
+            let expected: Vec<PathBuf> = expected.into_iter().map(PathBuf::from).collect();
+            assert_eq!(places(&cgroup2_mounts(mountinfo), own), expected, "{own}");
+        }
+    }
 }
