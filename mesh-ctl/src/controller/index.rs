@@ -368,16 +368,16 @@ impl Index {
                 (Some(_), Some(old)) if old.same_as(&document) => Change::Unchanged,
                 (Some(_), _) => Change::Changed,
             };
-            outcome.changes.push((key, change));
-            if change == Change::Unchanged {
-                continue;
-            }
-            document.meta_mut().generation = 0;
             // The controller's own clock says how old a document is, not the file that it came in.
             document.meta_mut().created_unix = match state.set.get(&key) {
                 Some(old) => old.meta().created_unix,
                 None => milliseconds(now) / 1000,
             };
+            outcome.changes.push((key, change));
+            if change == Change::Unchanged {
+                continue;
+            }
+            document.meta_mut().generation = 0;
             let generation = before.as_ref().map_or(0, |stored| stored.generation) + 1;
             let after = Stored {
                 generation,
