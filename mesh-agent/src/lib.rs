@@ -17,3 +17,5 @@ pub mod capture;
 pub mod path;
 pub mod worker;
 pub mod config;
+pub mod admin;
+pub mod agent;

@@ -13,12 +13,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use mesh_api::view::View;
+use mesh_api::{identity::SpiffeId, view::View};
 
 use crate::{
     drain::Drain,
     event::Events,
-    identity::CredentialStore,
+    identity::{Credential, CredentialStore},
     kernel::Kernel,
     net::{Clock, SystemClock},
     pods::Directory,
@@ -41,7 +41,7 @@ pub struct PathConfig {
     pub handshake_timeout: Duration,
     /// Time for a TCP connection to a destination without a timeout of its own.
     pub dial_timeout: Duration,
-    /// How long a connection from an address that the view does not know waits for the view.
+    /// How long a connection waits for what is just being brought: a view that knows the peer, a credential.
     pub view_patience: Duration,
     /// How long an opaque flow may stay without a byte; `None`: as long as it likes.
     pub idle_timeout: Option<Duration>,
@@ -134,6 +134,16 @@ impl Worker {
             known.clear();
         }
         known.insert(destination);
+    }
+
+    /// The identity's valid credential; one that is just being issued is waited for.
+    pub async fn credential(&self, identity: &SpiffeId) -> Option<Arc<Credential>> {
+        if let Some(credential) = self.shared.credentials.valid(identity, self.wall()) {
+            return Some(credential);
+        }
+        let deadline = tokio::time::Instant::now() + self.shared.config.view_patience;
+        self.shared.credentials.ready(identity, deadline).await?;
+        self.shared.credentials.valid(identity, self.wall())
     }
 
     /// Monotonic time.

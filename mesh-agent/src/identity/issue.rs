@@ -15,7 +15,7 @@ use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::watch;
 
-use super::{Credential, CredentialStore, TrustBundle};
+use super::{Credential, CredentialStore, TrustBundle, keep::Keep};
 use crate::net::Clock;
 
 /// Requests in one call of the signer, at most.
@@ -173,6 +173,7 @@ pub struct Issuer<S> {
     clock: Arc<dyn Clock>,
     schedule: Schedule,
     bundle: Option<Arc<TrustBundle>>,
+    keep: Option<Keep>,
 }
 
 impl<S: Signer> Issuer<S> {
@@ -184,7 +185,15 @@ impl<S: Signer> Issuer<S> {
             clock,
             schedule: Schedule::default(),
             bundle: None,
+            keep: None,
         }
+    }
+
+    /// Keeps credentials on disk too, and takes those that are kept there when their identities are wanted.
+    pub fn kept_in(mut self, keep: Keep, bundle: Option<Arc<TrustBundle>>) -> Issuer<S> {
+        self.keep = Some(keep);
+        self.bundle = bundle;
+        self
     }
 
     /// Serves what `wanted` says until its sender is gone.
@@ -207,8 +216,19 @@ impl<S: Signer> Issuer<S> {
 
     /// Takes in what the node wants and drops the credentials of those that left.
     pub fn want(&mut self, identities: &BTreeSet<SpiffeId>) {
-        for left in self.schedule.want(identities, self.clock.wall()) {
+        let now = self.clock.wall();
+        for left in self.schedule.want(identities, now) {
             self.store.remove(&left);
+            if let Some(keep) = &self.keep {
+                keep.remove(&left);
+            }
+        }
+        let (Some(keep), Some(bundle)) = (&self.keep, &self.bundle) else { return };
+        let missing = identities.iter().filter(|identity| self.store.get(identity).is_none()).cloned().collect();
+        for credential in keep.load(&missing, bundle, now) {
+            let (from, until) = (credential.not_before(), credential.expires());
+            self.schedule.issued(credential.identity(), from, until, now, rand::random());
+            self.store.put(credential);
         }
     }
 
@@ -263,10 +283,23 @@ impl<S: Signer> Issuer<S> {
         bundle: &Arc<TrustBundle>,
     ) {
         let now = self.clock.wall();
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pending.key.serialize_der()));
+        let key = PrivatePkcs8KeyDer::from(pending.key.serialize_der());
         let credential = chain.and_then(|chain| {
-            Credential::new(pending.identity.clone(), chain, key, bundle.clone(), now)
-                .map_err(|error| error.to_string())
+            let credential = Credential::new(
+                pending.identity.clone(),
+                chain.clone(),
+                PrivateKeyDer::Pkcs8(key.clone_key()),
+                bundle.clone(),
+                now,
+            );
+            let credential = credential.map_err(|error| error.to_string())?;
+            if let Some(keep) = &self.keep
+                && let Err(error) = keep.save(&pending.identity, key.secret_pkcs8_der(), &chain)
+            {
+                // It serves all the same; only a restart without the controller will miss it.
+                tracing::warn!(%error, identity = %pending.identity, "keeping a credential");
+            }
+            Ok(credential)
         });
         match credential {
             Ok(credential) => {
@@ -299,6 +332,29 @@ mod tests {
 
     use super::*;
     use crate::identity::testing::{HOUR, TestCa, domain, id};
+
+    #[test]
+    fn a_restarted_issuer_serves_by_what_was_kept_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let keep = Keep::open(directory.path().join("credentials")).unwrap();
+        let ca = TestCa::new();
+        let now = SystemTime::now();
+        let (pending, request) = request(&id("a")).unwrap();
+        let chain = ca.sign(&request.csr, &id("a"), now, now + HOUR);
+        keep.save(&id("a"), &pending.key.serialize_der(), &chain).unwrap();
+
+        let good = keep.load(&set(&["a", "b"]), &ca.bundle(), now);
+        assert_eq!(good.iter().map(|credential| credential.identity().clone()).collect::<Vec<_>>(), [id("a")]);
+        // Expired, of another authority, cut short, or gone: nothing.
+        assert!(keep.load(&set(&["a"]), &ca.bundle(), now + HOUR * 2).is_empty());
+        assert!(keep.load(&set(&["a"]), &TestCa::new().bundle(), now).is_empty());
+        let file = std::fs::read_dir(directory.path().join("credentials")).unwrap().next().unwrap().unwrap().path();
+        let whole = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+        assert!(keep.load(&set(&["a"]), &ca.bundle(), now).is_empty());
+        keep.remove(&id("a"));
+        assert!(!file.exists());
+    }
 
     fn set(accounts: &[&str]) -> BTreeSet<SpiffeId> {
         accounts.iter().map(|account| id(account)).collect()

@@ -7,6 +7,7 @@
 //! judges every connection by the certificates that stand behind it, resumed or not.
 
 pub mod issue;
+pub mod keep;
 pub mod verify;
 
 #[cfg(test)]
@@ -335,6 +336,11 @@ impl CredentialStore {
             }
             tokio::time::timeout_at(deadline, changed.changed()).await.ok()?.ok()?;
         }
+    }
+
+    /// A receiver that is marked as changed whenever a credential comes or goes.
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
     /// All credentials, for status.

@@ -117,7 +117,7 @@ impl Arrival {
     async fn tunnel(mut self, view: &View, stream: TcpStream, first: BytesMut) {
         let shared = &self.worker.shared;
         let timeout = shared.config.handshake_timeout;
-        let Some(credential) = shared.credentials.valid(self.pod.identity(), self.worker.wall()) else {
+        let Some(credential) = self.worker.credential(self.pod.identity()).await else {
             return self.refuse(view, stream, &Denial::of(Refusal::NoCredential));
         };
         let accepted = tunnel::server::accept(stream, &first, &credential, self.worker.wall(), timeout).await;

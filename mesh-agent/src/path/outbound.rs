@@ -307,6 +307,7 @@ impl Flow<'_> {
             }
             Way::Tunnel(key) => {
                 let preface = Preface { confirm, ..Preface::new(self.presented(endpoint.address.is_ipv6())) };
+                self.worker.credential(self.pod.identity()).await;
                 let tunnel = self.worker.tunnels.flow(&key, &*self.pod, &preface, false).await;
                 let flow = tunnel.map_err(|error| refused(Denial::of(way::tunnel_refusal(&error))))?;
                 Dialed { security: ConnectionSecurity::MutualTls, ..Dialed::plain(Kind::Flow(flow)) }

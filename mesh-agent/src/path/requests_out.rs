@@ -484,6 +484,7 @@ impl RequestsOut {
     async fn dial(&self, plan: &mut Plan, fresh: bool) -> Result<Target<TargetStream>, Refusal> {
         let address = plan.endpoint.address;
         if let Way::Tunnel(key) = &plan.way {
+            self.worker.credential(self.pod.identity()).await;
             let tunnel = self.worker.tunnels.http1(key, &*self.pod, fresh).await;
             let tunnel = tunnel.map_err(|error| way::tunnel_refusal(&error))?;
             return Ok(Target { reused: tunnel.is_reused(), wire: TargetStream::new(Kind::Tunnel(tunnel)) });
@@ -517,6 +518,7 @@ impl RequestsOut {
     async fn dial_h2(&self, plan: &mut Plan, fresh: bool) -> Result<::h2::client::SendRequest<Bytes>, Refusal> {
         let address = plan.endpoint.address;
         if let Way::Tunnel(key) = &plan.way {
+            self.worker.credential(self.pod.identity()).await;
             let lease = self.worker.tunnels.h2(key, &*self.pod).await;
             let lease = lease.map_err(|error| way::tunnel_refusal(&error))?;
             plan.stream = Some(lease.stream);

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     Backend, BackendKey, ServicePortView, ServiceView, View,
-    inbound::{InboundCompiler, InboundSet},
+    inbound::{InboundCompiler, InboundSet, compile_limits},
     inbound_of_unknown, routes,
     settings::TrafficCompiler,
 };
@@ -77,6 +77,8 @@ pub(super) fn compile(trust_domain: TrustDomain, revision: Revision, resources: 
         services_by_address: HashMap::with_capacity(services.len()),
         inbound: compile_inbound(revision, &services, &workloads, &members, &policies),
         inbound_of_unknown: inbound_of_unknown(revision),
+        backends: backends.values().cloned().collect(),
+        limits: policies.limits.iter().flat_map(compile_limits).map(|limit| limit.id).collect(),
     };
     for workload in workloads {
         index_workload(&mut view, workload);

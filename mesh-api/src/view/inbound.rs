@@ -171,7 +171,7 @@ fn compile_access(policy: &Named<'_, AccessPolicy>) -> CompiledAccess {
     }
 }
 
-fn compile_limits(policy: &Named<'_, RateLimit>) -> Vec<LimitSettings> {
+pub(super) fn compile_limits(policy: &Named<'_, RateLimit>) -> Vec<LimitSettings> {
     policy
         .spec
         .limits

@@ -29,7 +29,7 @@ use crate::{
     document::Resource,
     identity::TrustDomain,
     policy::MtlsMode,
-    route::RouteTable,
+    route::{RouteTable, RuleId},
     workload::{AppProtocol, Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
 };
 pub use crate::{
@@ -50,6 +50,8 @@ pub struct View {
     services_by_address: HashMap<IpAddr, Arc<Service>>,
     inbound: HashMap<ObjectName, InboundSet>,
     inbound_of_unknown: InboundPolicy,
+    backends: Vec<Arc<Backend>>,
+    limits: Vec<RuleId>,
 }
 
 /// What an original destination is.
@@ -140,6 +142,16 @@ impl View {
     /// All services, in no order.
     pub fn services(&self) -> impl ExactSizeIterator<Item = &Arc<ServiceView>> {
         self.services.values()
+    }
+
+    /// Every backend that a request can be sent to: whose state an agent may keep.
+    pub fn backends(&self) -> impl ExactSizeIterator<Item = &Arc<Backend>> {
+        self.backends.iter()
+    }
+
+    /// Every limit: whose buckets an agent may keep.
+    pub fn limits(&self) -> impl ExactSizeIterator<Item = &RuleId> {
+        self.limits.iter()
     }
 
     /// What an original destination is.

@@ -1,0 +1,318 @@
+//! The composition root: the one file that knows every part of the agent.
+//!
+//! The control thread attaches the kernel programs, keeps the view, the credentials and the pods, and answers on the
+//! admin ports. Data workers are threads of their own; it speaks to them by commands. At the end listeners close, what
+//! runs may finish, and the kernel side stays pinned: pods remain guarded until the next agent comes.
+
+use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result};
+use mesh_api::{
+    identity::SpiffeId,
+    wire::{CertificateReport, PodReport},
+    workload::Workload,
+};
+use serde_json::json;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+
+use crate::{
+    admin::{self, Admin, Check},
+    capture::{self, COMMANDS_MAX},
+    config::AgentConfig,
+    drain::{self, Drain},
+    event::{AccessLog, Event, Events, EventsConfig, Samples},
+    identity::{CredentialStore, issue::Issuer, keep::Keep},
+    kernel::{Kernel, KernelConfig, node_addresses},
+    net::SystemClock,
+    pods::{PodStatus, Pods, WorkerCommand},
+    traffic::{Traffic, breaker::BreakerState},
+    view::{AgentReport, SyncConfig, SyncHealth, ViewStore, ViewSync},
+    worker::Shared,
+};
+
+/// How long a pod that could not be captured waits for another try.
+const POD_RETRY: Duration = Duration::from_secs(1);
+/// How often series of gone peers are looked for, and the report to the controller is refreshed.
+const HOUSEKEEPING: Duration = Duration::from_secs(30);
+
+/// Runs the agent until it is asked to end.
+pub fn run(config: AgentConfig) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, serve(config))
+}
+
+async fn serve(config: AgentConfig) -> Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let events = open_events(&config)?;
+
+    let kernel = Kernel::attach(&KernelConfig {
+        cgroup: config.kernel.cgroup.clone(),
+        pin_dir: config.pin_dir(),
+        fail_mode: config.kernel.fail_mode,
+        node_addresses: node_addresses().context("this node's addresses")?,
+        debug: config.kernel.debug,
+    });
+    let kernel = Arc::new(kernel.context("attaching the kernel programs")?);
+    events.emit(Event::KernelAttached { reused: kernel.resumed() });
+
+    let sync = ViewSync::open(
+        SyncConfig {
+            node: config.node.clone(),
+            trust_domain: config.trust_domain.clone(),
+            state_dir: config.state_dir.clone(),
+            controller: config.controller.clone(),
+            abi_version: mesh_abi::ABI_VERSION,
+        },
+        events.clone(),
+    )?;
+    let (view, health) = (sync.views(), sync.health());
+    let credentials = CredentialStore::new();
+    let traffic = Traffic::new();
+
+    let (senders, receivers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| mpsc::channel(COMMANDS_MAX)).unzip();
+    let pods = Pods::new(kernel.clone(), senders.clone())?;
+    let (trigger, drain) = drain::channel();
+    let shared = Arc::new(Shared {
+        node: config.node.as_str().into(),
+        view: view.clone(),
+        kernel: kernel.clone(),
+        credentials: credentials.clone(),
+        traffic: traffic.clone(),
+        events: events.clone(),
+        pods: pods.directory(),
+        drain: drain.clone(),
+        config: config.path,
+    });
+    let workers = receivers.into_iter().enumerate();
+    let workers: io::Result<Vec<_>> =
+        workers.map(|(index, commands)| capture::start(index, shared.clone(), commands)).collect();
+    let workers = workers.context("starting the workers")?;
+
+    let (wanted_out, wanted_in) = watch::channel(BTreeSet::new());
+    let (report_out, report_in) = watch::channel(AgentReport::default());
+    let (pods_out, pods_in) = watch::channel(Vec::new());
+    let issuer = Issuer::new(sync.client(), credentials.clone(), Arc::new(SystemClock));
+    let keep = Keep::open(config.state_dir.join("credentials")).context("the directory of credentials")?;
+    let issuer = issuer.kept_in(keep, Some(sync.bundle().borrow().clone()));
+    add_sources(&events, &kernel, &credentials, &traffic);
+    events.add_source(Box::new(health.clone()));
+
+    let control = tokio::task::spawn_local(sync.run(report_in));
+    let issuing = tokio::task::spawn_local(issuer.run(wanted_in));
+    let admin = admin(&config, &events, &view, &health, &pods_in, &drain);
+    let admin = admin.bind(&config.admin).await.context("the admin ports")?;
+    let answering = tokio::task::spawn_local(admin.run());
+    let keeper = Keeper {
+        node: config.node.clone(),
+        view,
+        credentials,
+        traffic,
+        events: events.clone(),
+        pods,
+        wanted: wanted_out,
+        report: report_out,
+        statuses: pods_out,
+    };
+    let keeping = tokio::task::spawn_local(keeper.run());
+    events.emit(Event::Started { version: env!("CARGO_PKG_VERSION") });
+
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    events.emit(Event::DrainStarted);
+    keeping.abort();
+    for worker in &senders {
+        // A worker that is gone has nothing to drain.
+        let _ = worker.send(WorkerCommand::Drain).await;
+    }
+    let drained = trigger.finish(config.drain.patience, config.drain.grace).await;
+    trigger.close();
+    events.emit(Event::DrainEnded { left: drained.left });
+    (control.abort(), issuing.abort(), answering.abort());
+    let joined = tokio::task::spawn_blocking(move || workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>());
+    for worker in joined.await? {
+        match worker {
+            Ok(ended) => ended.context("a worker")?,
+            Err(_) => anyhow::bail!("a worker panicked"),
+        }
+    }
+    events.emit(Event::Stopped);
+    events.flush();
+    Ok(())
+}
+
+/// What can be asked of the agent. Ready is an agent with a view whose enrolled pods are captured.
+fn admin(
+    config: &AgentConfig,
+    events: &Arc<Events>,
+    view: &Arc<ViewStore>,
+    health: &Arc<SyncHealth>,
+    pods: &watch::Receiver<Vec<PodStatus>>,
+    drain: &Drain,
+) -> Admin {
+    let page = admin::config_page(config);
+    let (views, statuses) = (view.clone(), pods.clone());
+    let (health, view, pods, drain) = (health.clone(), view.clone(), pods.clone(), drain.clone());
+    Admin::new(events.clone())
+        .ready_when(move || {
+            let uncaptured = pods.borrow().iter().filter(|pod| pod.enrolled && !pod.captured).count();
+            let revision = view.peek().revision();
+            vec![
+                Check { name: "view", ready: revision.0 > 0, detail: format!("revision {revision}") },
+                Check { name: "pods", ready: uncaptured == 0, detail: format!("{uncaptured} not captured") },
+                Check { name: "serving", ready: !drain.is_draining(), detail: health.last_failure() },
+            ]
+        })
+        .page("/debug/view", move || admin::view_page(&views.load()))
+        .page("/debug/config", move || page.clone())
+        .page("/debug/pods", move || {
+            let pod = |pod: &PodStatus| {
+                let name = pod.name.to_string();
+                json!({"name": name, "enrolled": pod.enrolled, "captured": pod.captured, "reason": pod.reason})
+            };
+            statuses.borrow().iter().map(pod).collect()
+        })
+}
+
+fn open_events(config: &AgentConfig) -> Result<Arc<Events>> {
+    let log = &config.access_log;
+    let access_log = match log.enabled {
+        true => Some(AccessLog::open(log.path.as_deref(), log.format, &config.node).context("the access log")?),
+        false => None,
+    };
+    Ok(Events::new(EventsConfig {
+        compat: config.metrics.compat,
+        series_max: config.metrics.series_max,
+        series_idle: config.metrics.series_idle,
+        access_log,
+        ..EventsConfig::new(&config.node)
+    }))
+}
+
+/// Keeps pods and wanted identities in step with the view, and the controller told.
+struct Keeper {
+    node: String,
+    view: Arc<ViewStore>,
+    credentials: Arc<CredentialStore>,
+    traffic: Arc<Traffic>,
+    events: Arc<Events>,
+    pods: Pods,
+    wanted: watch::Sender<BTreeSet<SpiffeId>>,
+    report: watch::Sender<AgentReport>,
+    statuses: watch::Sender<Vec<PodStatus>>,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let mut changes = self.view.subscribe();
+        let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
+        let mut issued = self.credentials.subscribe();
+        loop {
+            let view = self.view.load();
+            // Before there is a view nothing is known, and what an earlier agent captured stays captured.
+            if view.revision().0 > 0 {
+                let here: Vec<Arc<Workload>> = view.workloads_on(&self.node).cloned().collect();
+                let wanted: BTreeSet<SpiffeId> =
+                    here.iter().filter(|workload| workload.enrolled).map(|workload| workload.identity.clone()).collect();
+                self.wanted.send_if_modified(|now| {
+                    let changed = *now != wanted;
+                    *now = wanted;
+                    changed
+                });
+                self.traffic.retain(view.backends().map(|backend| &**backend), view.limits());
+                self.pods.reconcile(&here).await;
+                self.tell();
+            }
+            let unsettled = view.revision().0 > 0 && !self.pods.is_settled();
+            loop {
+                tokio::select! {
+                    // The sender lives in the store, so the wait cannot fail.
+                    _ = changes.changed() => break,
+                    _ = issued.changed() => self.tell(),
+                    () = tokio::time::sleep(POD_RETRY), if unsettled => break,
+                    _ = housekeeping.tick() => {
+                        self.events.expire(tokio::time::Instant::now().into_std());
+                        self.tell();
+                    }
+                }
+            }
+        }
+    }
+
+    fn tell(&self) {
+        let statuses = self.pods.statuses();
+        let pods = statuses.iter().map(|status| PodReport {
+            name: status.name.clone(),
+            enrolled: status.enrolled,
+            captured: status.captured,
+            why: status.reason.clone().unwrap_or_default(),
+        });
+        let wanted = self.wanted.borrow().clone();
+        let certificates = wanted.iter().map(|identity| CertificateReport {
+            identity: identity.to_string(),
+            expires: self.credentials.get(identity).map(|credential| credential.expires()),
+            problem: String::new(),
+        });
+        let report = AgentReport { pods: pods.collect(), certificates: certificates.collect() };
+        self.report.send_if_modified(|now| {
+            let changed = *now != report;
+            *now = report;
+            changed
+        });
+        self.statuses.send_replace(statuses);
+    }
+}
+
+/// The gauges that belong to no traffic.
+fn add_sources(
+    events: &Arc<Events>,
+    kernel: &Arc<Kernel>,
+    credentials: &Arc<CredentialStore>,
+    traffic: &Arc<Traffic>,
+) {
+    let kernel = kernel.clone();
+    events.add_source(Box::new(move |samples: &mut Samples| {
+        for gauge in kernel.gauges() {
+            let map = [("map", gauge.map.into())];
+            samples.gauge("nodemesh_agent_map_entries", "Entries of a kernel map", map.clone(), gauge.entries as f64);
+            samples.gauge("nodemesh_agent_map_entries_max", "The bound of a kernel map", map, gauge.max as f64);
+        }
+        for count in kernel.reasons().unwrap_or_default() {
+            let reason = [("reason", count.reason.name().into())];
+            samples.counter("nodemesh_agent_kernel_verdicts", "Verdicts of the kernel programs", reason, count.count);
+        }
+    }));
+    let credentials = credentials.clone();
+    events.add_source(Box::new(move |samples: &mut Samples| {
+        for credential in credentials.all() {
+            let expires = credential.expires().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            let identity = [("identity", credential.identity().to_string().into())];
+            let help = "When a workload's certificate expires, in seconds since 1970";
+            samples.gauge("nodemesh_agent_certificate_expiry_seconds", help, identity, expires.as_secs_f64());
+        }
+    }));
+    let traffic = traffic.clone();
+    events.add_source(Box::new(move |samples: &mut Samples| {
+        for endpoint in traffic.status() {
+            let labels = [
+                ("backend", endpoint.backend.to_string().into()),
+                ("endpoint", endpoint.address.to_string().into()),
+            ];
+            let state = match endpoint.breaker {
+                BreakerState::Closed => 0.0,
+                BreakerState::HalfOpen { .. } => 1.0,
+                BreakerState::Open { .. } => 2.0,
+            };
+            let help = "A circuit breaker: 0 closed, 1 half open, 2 open";
+            samples.gauge("nodemesh_agent_breaker_state", help, labels.clone(), state);
+            let help = "Requests in flight to an endpoint";
+            samples.gauge("nodemesh_agent_endpoint_requests", help, labels, f64::from(endpoint.active));
+        }
+    }));
+}
