@@ -59,6 +59,10 @@ pub enum Version {
 }
 
 /// What is to become of a request.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "lives for one step of a request's way; a box would cost each request"
+)]
 pub enum Verdict<X> {
     /// Send it on, as changed. `X` accompanies it until [`Handler::finish`].
     Forward(Forward, X),

@@ -264,8 +264,8 @@ mod tests {
         let cases = [
             (&row, "ffsffs", "cccccc"),
             (&row, "fffx4x1s", "ccoooooc"),
-            (&row, "fff5fx5s", "ccooooοc".replace('ο', "o").leak() as &str),
-            (&rate, "fffx", "ccc!"),
+            (&row, "fff5fx5s", "ccoooooc"),
+            (&rate, "fff", "ccc"),
             (&rate, "sffsf", "cccco"),
             (&rate, "ssssssfff", "ccccccccc"),
             (&rate, "fff99fff", "cccccccc"),
@@ -273,11 +273,7 @@ mod tests {
             (&two_probes, "f5ss", "oohc"),
         ];
         for (settings, script, expected) in cases {
-            if let Some(prefix) = expected.strip_suffix('!') {
-                assert_eq!(run(settings, &script[..prefix.len()]), prefix, "{script}");
-            } else {
-                assert_eq!(run(settings, script), expected, "{script}");
-            }
+            assert_eq!(run(settings, script), expected, "{script}");
         }
     }
 
@@ -330,10 +326,10 @@ mod tests {
                             prop_assert!(under_way <= probes);
                         }
                     },
-                    step => if let Some(ticket) = tickets.pop() {
-                        if breaker.report(ticket, step == 2, &settings, now) {
-                            opened = Some(now);
-                        }
+                    step => if let Some(ticket) = tickets.pop()
+                        && breaker.report(ticket, step == 2, &settings, now)
+                    {
+                        opened = Some(now);
                     },
                 }
             }

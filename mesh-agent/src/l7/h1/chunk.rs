@@ -5,7 +5,7 @@
 
 use std::io::Write;
 
-use super::codec::{self, FieldKind};
+use super::field::{FieldKind, classify};
 
 /// The most bytes of chunk extensions in one body.
 const EXTENSION_BYTES_MAX: usize = 16 * 1024;
@@ -169,7 +169,7 @@ impl ChunkDecoder {
         out.extend_from_slice(b"0\r\n");
         // Checked when the body ended.
         let _ = self.each_trailer(|name, value| {
-            if codec::classify(name) == FieldKind::Other {
+            if classify(name) == FieldKind::Other {
                 out.extend_from_slice(name.as_bytes());
                 out.extend_from_slice(b": ");
                 out.extend_from_slice(value);

@@ -19,9 +19,10 @@ use tokio::{
 
 use super::{
     RequestDefect,
+    body::Incoming,
     buffer::{Left, poll_read, with_scratch},
     codec::{RequestHead, RequestView, parse_request},
-    exchange::{Asked, Exchange, Incoming, Outcome, SourceSide, Up},
+    exchange::{Asked, Exchange, Outcome, SourceSide, Up},
     write::{write_reply, write_request},
 };
 use crate::l7::{

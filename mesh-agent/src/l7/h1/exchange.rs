@@ -15,8 +15,9 @@ use tokio::{io::AsyncWrite, time::Instant};
 
 use super::{
     ResponseDefect,
+    body::Incoming,
     buffer::{Left, Scratch, poll_drain, poll_read, with_scratch, write_now},
-    chunk::{ChunkDecoder, ChunkDefect, write_chunk},
+    chunk::ChunkDefect,
     codec::{Framing, RequestHead, ResponseHead, parse_response},
     write::{Outgoing, write_interim, write_response},
 };
@@ -26,79 +27,6 @@ use crate::l7::{Attempt, Attempted, Fault, Forward, Handler, Limits, Version, Wi
 const PIPELINE_BYTES_MAX: usize = 16 * 1024;
 /// The most interim responses to one request.
 const INTERIM_MAX: u32 = 16;
-
-/// A body that is still coming in.
-#[derive(Debug)]
-pub(super) enum Incoming {
-    Done,
-    Length(u64),
-    Chunked(Box<ChunkDecoder>),
-    UntilClose,
-}
-
-impl Incoming {
-    pub fn new(framing: Framing) -> Incoming {
-        match framing {
-            Framing::None | Framing::Length(0) => Incoming::Done,
-            Framing::Length(length) => Incoming::Length(length),
-            Framing::Chunked => Incoming::Chunked(Box::default()),
-            Framing::UntilClose => Incoming::UntilClose,
-        }
-    }
-
-    pub fn is_done(&self) -> bool {
-        matches!(self, Incoming::Done)
-    }
-
-    /// Takes what belongs to the body from the start of `input` and appends it to `out`, as chunks if `chunk`.
-    /// Returns how much of `input` was used and how many bytes of body that was.
-    pub fn take(&mut self, input: &[u8], chunk: bool, out: &mut Vec<u8>) -> Result<(usize, usize), ChunkDefect> {
-        let write = |data: &[u8], out: &mut Vec<u8>| {
-            if chunk {
-                write_chunk(data, out)
-            } else {
-                out.extend_from_slice(data)
-            }
-        };
-        match self {
-            Incoming::Done => Ok((0, 0)),
-            Incoming::UntilClose => {
-                write(input, out);
-                Ok((input.len(), input.len()))
-            }
-            Incoming::Length(remaining) => {
-                let count = usize::try_from(*remaining).map_or(input.len(), |remaining| remaining.min(input.len()));
-                write(input.get(..count).unwrap_or_default(), out);
-                *remaining -= count as u64;
-                if *remaining == 0 {
-                    *self = Incoming::Done;
-                }
-                Ok((count, count))
-            }
-            Incoming::Chunked(decoder) => {
-                let (mut used, mut bytes) = (0, 0);
-                while used < input.len() {
-                    let rest = input.get(used..).unwrap_or_default();
-                    let step = decoder.step(rest)?;
-                    write(
-                        rest.get(step.skipped..step.skipped + step.data).unwrap_or_default(),
-                        out,
-                    );
-                    used += step.skipped + step.data;
-                    bytes += step.data;
-                    if step.done {
-                        if chunk {
-                            decoder.write_end(out);
-                        }
-                        *self = Incoming::Done;
-                        break;
-                    }
-                }
-                Ok((used, bytes))
-            }
-        }
-    }
-}
 
 /// Where the response is.
 #[derive(Debug)]
@@ -271,7 +199,15 @@ impl<'a, H: Handler> Exchange<'a, H> {
         if !self.up_done
             && let Err(fault) = with_scratch(|scratch| self.poll_up(cx, scratch))
         {
-            return Poll::Ready(Outcome::Failed(fault));
+            // A source that has its answer may leave the rest of its request away.
+            return Poll::Ready(if matches!(self.down, Down::Done) {
+                Outcome::Done {
+                    keep_source: false,
+                    keep_target: false,
+                }
+            } else {
+                Outcome::Failed(fault)
+            });
         }
         let down = with_scratch(|scratch| self.poll_down(cx, scratch));
         if let Poll::Ready(outcome) = down {

@@ -1,19 +1,21 @@
 //! The lean HTTP/1.1 engine: one task for a source's connection and, one after another, the connections that its
 //! requests are sent on.
 //!
-//! * [`codec`]: heads, read strictly; [`chunk`]: the chunked coding; `write`: heads for the next hop. All pure.
+//! * [`codec`]: heads, read strictly, of [`field`]s; [`chunk`]: the chunked coding; `write`: heads for the next hop. All pure.
 //! * `engine`: the life of a source's connection: head, decision, connection, exchange, and again.
-//! * `exchange`: the bytes of one request and its response.
+//! * `exchange`: the bytes of one request and its response; `body`: which of them are a body.
 //! * `buffer`: scratch space of the thread, left-overs, the timer.
 //!
 //! Pipelined requests are taken in order, one at a time. What is ambiguous about a message's length or head is
 //! refused with a status and the connection closed; it is never repaired.
 
+mod body;
 mod buffer;
 pub mod chunk;
 pub mod codec;
 mod engine;
 mod exchange;
+pub mod field;
 mod write;
 
 use http::StatusCode;

@@ -4,9 +4,9 @@
 use proptest::prelude::*;
 
 use super::{
+    body::Incoming,
     chunk::{ChunkDecoder, fuzz_chunks, write_chunk},
     codec::{Framing, RequestHead, RequestView, fuzz_request, fuzz_response, parse_request, parse_response},
-    exchange::Incoming,
     write::write_request,
 };
 use crate::l7::{Forward, Limits};

@@ -827,6 +827,17 @@ fn an_early_answer_arrives_while_the_body_is_sent() {
         app.send(OK).await;
         bench.expect(OK).await;
 
+        // The source leaves it away: it has its answer, and the exchange is no failure.
+        let mut bench = Bench::plain().await;
+        bench.send(&format!("{head}abc")).await;
+        let mut app = bench.app().await;
+        app.expect(&format!("{head}abc")).await;
+        app.send(OK).await;
+        bench.expect(OK).await;
+        bench.source.shutdown().await.unwrap();
+        let end = bench.end().await;
+        assert_eq!((end.fault, end.status), (None, Some(StatusCode::OK)));
+
         // It does not: the answer stays readable, then the connection closes.
         let limits = Limits {
             linger: Duration::from_millis(50),

@@ -5,7 +5,10 @@ use std::io::Write;
 
 use http::StatusCode;
 
-use super::codec::{FieldKind, Framing, RequestHead, ResponseHead, Span, classify};
+use super::{
+    codec::{Framing, RequestHead, ResponseHead},
+    field::{FieldKind, Span, classify},
+};
 use crate::l7::{
     Forward, HeaderChanges, Reply, Version,
     headers::{ClientCert, name_is_valid, value_is_valid},

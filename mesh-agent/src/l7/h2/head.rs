@@ -12,7 +12,7 @@ use crate::l7::{
     Fault, Forward, GrpcStatus, HeaderChanges, Reply,
     h1::{
         RequestDefect,
-        codec::{FieldKind, classify},
+        field::{FieldKind, classify},
     },
     headers::ClientCert,
 };
@@ -90,17 +90,18 @@ pub(super) fn check(parts: &Parts, headers_max: usize) -> Result<(), RequestDefe
     if second.is_some() || !same || text.is_empty() || text.contains(['@', '/', ',', ' ']) {
         return Err(RequestDefect::Host);
     }
-    if !parts.uri.path().starts_with('/') && !(parts.uri.path() == "*" && parts.method == Method::OPTIONS) {
-        return Err(RequestDefect::Malformed);
+    match parts.uri.path() {
+        "*" if parts.method == Method::OPTIONS => Ok(()),
+        path if path.starts_with('/') => Ok(()),
+        _ => Err(RequestDefect::Malformed),
     }
-    Ok(())
 }
 
 /// Whether the content type is gRPC's.
 pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     headers
         .get(header::CONTENT_TYPE)
-        .is_some_and(|value| crate::l7::h1::codec::is_grpc(value.as_bytes()))
+        .is_some_and(|value| crate::l7::h1::field::is_grpc(value.as_bytes()))
 }
 
 /// The request to send on.

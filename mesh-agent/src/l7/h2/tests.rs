@@ -53,7 +53,7 @@ fn run<F: Future<Output = ()>>(test: F) {
 /// What the application saw of a request.
 #[derive(Debug)]
 enum Seen {
-    Head(http::request::Parts),
+    Head(Box<http::request::Parts>),
     Reset(Reason),
     BodyEnd(usize),
 }
@@ -133,7 +133,7 @@ async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, numbe
         tokio::task::spawn_local(async move {
             let (parts, mut body) = request.into_parts();
             let path = parts.uri.path().to_owned();
-            let _ = seen.send(Seen::Head(parts));
+            let _ = seen.send(Seen::Head(Box::new(parts)));
             let first = number == 0;
             match path.as_str() {
                 "/refuse" if first => respond.send_reset(Reason::REFUSED_STREAM),
@@ -685,7 +685,7 @@ fn rapid_resets_end_the_connection() {
             };
             stream.send_reset(Reason::CANCEL);
             opened += 1;
-            if opened % 64 == 0 {
+            if opened.is_multiple_of(64) {
                 tokio::task::yield_now().await;
             }
         }
