@@ -9,7 +9,7 @@ mod message;
 
 use crate::identity::IdentityError;
 
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
+#[allow(missing_docs, clippy::all, rustdoc::all)]
 mod generated {
     tonic::include_proto!("mesh.v1");
 }
