@@ -1097,7 +1097,7 @@ fn a_source_that_goes_away_takes_its_request_along() {
 
 #[test]
 fn time_limits_hold() {
-    let short = Duration::from_millis(50);
+    let short = Duration::from_millis(400);
     run(async move {
         // A request's time, before the response began.
         let forward = move || Forward {
