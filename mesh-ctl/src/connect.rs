@@ -57,12 +57,16 @@ impl Failure {
 
 impl From<Status> for Failure {
     fn from(status: Status) -> Failure {
-        let message = status.message().to_owned();
+        use std::error::Error;
+        let message = status.message();
         match status.code() {
-            Code::Unavailable => Failure::Unreachable(format!("the controller went away: {message}")),
             Code::DeadlineExceeded | Code::Cancelled => {
                 Failure::Timeout(format!("the controller did not answer in time: {message}"))
             }
+            // Only what the transport says has a source: an answer of the controller's has none.
+            code if code == Code::Unavailable || status.source().is_some() => Failure::Unreachable(format!(
+                "the connection to the controller was lost ({message}): whether it did what was asked is not known"
+            )),
             _ => Failure::refused(message),
         }
     }

@@ -104,7 +104,7 @@ pub fn when(unix: i64, now: SystemTime) -> String {
     let now = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
     match unix {
         0 => String::new(),
-        _ if unix >= now => format!("in {}", span(unix.abs_diff(now))),
+        _ if unix > now => format!("in {}", span(unix.abs_diff(now))),
         _ => format!("{} ago", span(unix.abs_diff(now))),
     }
 }
@@ -119,6 +119,7 @@ mod tests {
         let now = UNIX_EPOCH + Duration::from_secs(10_000_000);
         let at = |offset: i64| when(10_000_000 + offset, now);
         assert_eq!(at(5), "in 5s");
+        assert_eq!(at(0), "0s ago");
         assert_eq!(at(3599), "in 59m59s");
         assert_eq!(at(3600), "in 1h0m");
         assert_eq!(at(-90_000), "1d1h ago");

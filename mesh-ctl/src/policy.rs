@@ -506,7 +506,7 @@ fn check(args: CheckArgs) -> Result<(), Failure> {
     } else {
         Vec::new()
     };
-    let valid = problems.is_empty() && !(args.strict && !warnings.is_empty());
+    let valid = problems.is_empty() && (!args.strict || warnings.is_empty());
     if args.output == Format::Table {
         warn(&warnings);
         if valid {

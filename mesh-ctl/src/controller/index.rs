@@ -346,6 +346,10 @@ impl Index {
                 Err(found) => problems.extend(found),
             }
         }
+        if documents.is_empty() && problems.is_empty() {
+            let source = sources.first().map_or("", |(name, _)| name);
+            problems.push(plain_problem(source, "no document in it".to_owned(), "at least one"));
+        }
         let _alone = self.writer.lock();
         let state = self.state();
         let mut outcome = Outcome {

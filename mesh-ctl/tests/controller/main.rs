@@ -1,0 +1,7 @@
+//! The controller and the command line as they are used: the real binary, real sockets, and a scripted agent.
+
+mod agents;
+mod cli;
+mod crash;
+mod joining;
+mod world;
