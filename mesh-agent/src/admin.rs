@@ -190,7 +190,8 @@ async fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display()));
+    let named =
+        |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {}: {error}", path.display()));
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory).map_err(named)?;
     }
@@ -421,13 +422,20 @@ mod tests {
         let tcp = async |address: SocketAddr, path: &str| {
             get(tokio::net::TcpStream::connect(address).await.unwrap(), path).await
         };
-        let unix =
-            async |path: &str| get(tokio::net::UnixStream::connect(&config.socket).await.unwrap(), path).await;
+        let unix = async |path: &str| get(tokio::net::UnixStream::connect(&config.socket).await.unwrap(), path).await;
 
         let (status, body) = tcp(metrics, "/metrics").await;
         assert_eq!(status, 200);
-        assert!(body.contains("application/openmetrics-text") && body.ends_with("# EOF\n"), "{body}");
-        for (address, path) in [(metrics, "/readyz"), (metrics, "/debug/pods"), (health, "/metrics"), (health, "/debug/pods")] {
+        assert!(
+            body.contains("application/openmetrics-text") && body.ends_with("# EOF\n"),
+            "{body}"
+        );
+        for (address, path) in [
+            (metrics, "/readyz"),
+            (metrics, "/debug/pods"),
+            (health, "/metrics"),
+            (health, "/debug/pods"),
+        ] {
             assert_eq!(tcp(address, path).await.0, 404, "{path}");
         }
         assert_eq!(tcp(health, "/livez").await.0, 200);

@@ -389,10 +389,14 @@ impl<'a> Section<'a> {
 
     fn word<T: Copy>(&mut self, key: &'static str, default: T, words: &[(&str, T)]) -> T {
         self.parsed(key, default, |text| {
-            words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value).ok_or_else(|| {
-                let expected: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-                format!("unknown value {text:?}, expected {}", expected.join(" or "))
-            })
+            words
+                .iter()
+                .find(|(word, _)| *word == text)
+                .map(|(_, value)| *value)
+                .ok_or_else(|| {
+                    let expected: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+                    format!("unknown value {text:?}, expected {}", expected.join(" or "))
+                })
         })
     }
 
@@ -529,7 +533,10 @@ fn read_kernel(mut section: Section<'_>, node: Option<&str>) -> KernelSection {
         debug: section.or("debug", false),
     };
     // The kernel refuses dots in the names of a bpffs, and slashes would leave the directory.
-    let good = kernel.instance.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+    let good = kernel
+        .instance
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
     if !good || (kernel.instance.is_empty() && node.is_some()) {
         section.problem(
             "instance",
@@ -573,7 +580,8 @@ fn read_path(mut section: Section<'_>) -> PathConfig {
 impl ConfigFlags {
     fn put_over(&self, document: &mut Mapping, problems: &mut Vec<ConfigProblem>) {
         fn text(path: &Option<PathBuf>) -> Option<Value> {
-            path.as_ref().map(|path| Value::from(path.to_string_lossy().into_owned()))
+            path.as_ref()
+                .map(|path| Value::from(path.to_string_lossy().into_owned()))
         }
         let word = |value: &Option<String>| value.clone().map(Value::from);
         let access_log = match self.access_log.as_deref() {
@@ -658,7 +666,10 @@ drain: {patience: 1s}
         assert_eq!(config.kernel.fail_mode, FailMode::Pass);
         assert_eq!(config.metrics.compat, Compat::Istio);
         assert_eq!(config.path.idle_timeout, Some(Duration::from_secs(3600)));
-        assert_eq!((config.path.connections_max, config.path.silence), (7, Duration::from_millis(50)));
+        assert_eq!(
+            (config.path.connections_max, config.path.silence),
+            (7, Duration::from_millis(50))
+        );
         assert!(!config.access_log.enabled);
         assert!(config.pin_dir().starts_with("/sys/fs/bpf/nodemesh"));
         assert!(config.pin_dir().to_string_lossy().contains("lab-1-v"));
@@ -675,7 +686,10 @@ drain: {patience: 1s}
             ..ConfigFlags::default()
         };
         let config = AgentConfig::parse("", &flags).unwrap();
-        assert_eq!((config.node.as_str(), config.kernel.instance.as_str()), ("node-2", "node-2"));
+        assert_eq!(
+            (config.node.as_str(), config.kernel.instance.as_str()),
+            ("node-2", "node-2")
+        );
         assert_eq!(config.admin.metrics.port(), 15020);
         assert_eq!(config.trust_domain.as_str(), "cluster.local");
         let over = AgentConfig::parse(WHOLE, &flags).unwrap();
@@ -724,7 +738,10 @@ drain: 3
             "{error}"
         );
         let text = error.to_string();
-        assert!(text.contains("kernel.failMode: unknown value \"hold\", expected refuse or pass"), "{text}");
+        assert!(
+            text.contains("kernel.failMode: unknown value \"hold\", expected refuse or pass"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -312,7 +312,10 @@ impl Signer for ControllerClient {
             .await
             .map_err(|error| SignError(error.to_string()))?;
         if response.results.len() != asked {
-            return Err(SignError(format!("{} answers to {asked} requests", response.results.len())));
+            return Err(SignError(format!(
+                "{} answers to {asked} requests",
+                response.results.len()
+            )));
         }
         let chains = response
             .results

@@ -278,7 +278,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let now = SystemTime::now();
         let id = node("node-1");
-        assert!(NodeCredential::load(dir.path(), &id, &ca.bundle(), now).unwrap().is_none());
+        assert!(
+            NodeCredential::load(dir.path(), &id, &ca.bundle(), now)
+                .unwrap()
+                .is_none()
+        );
         let pending = Pending::new(&id).unwrap();
         let chain: Vec<Vec<u8>> = ca
             .sign(&pending.csr, &id, now - HOUR, now + HOUR)
@@ -296,7 +300,10 @@ mod tests {
         assert_eq!(loaded.chain(), credential.chain());
         assert_eq!(loaded.expires(), credential.expires());
         let half = loaded.renew_at(0.0);
-        assert!(half <= now + Duration::from_secs(1) && half >= now - Duration::from_secs(2), "half of two hours");
+        assert!(
+            half <= now + Duration::from_secs(1) && half >= now - Duration::from_secs(2),
+            "half of two hours"
+        );
         assert!(load(&id, &other.bundle(), now).is_err(), "another CA");
         assert!(load(&node("node-2"), &ca.bundle(), now).is_err(), "another node");
         assert!(load(&id, &ca.bundle(), now + HOUR * 2).is_err(), "expired");

@@ -191,8 +191,8 @@ impl ViewSync {
             }
         };
         let roots = held.as_ref().map(|held| held.roots.0.as_slice()).unwrap_or_default();
-        let verifying = node::bundle(&config.controller.trust_bundle, roots, &config.trust_domain)
-            .map_err(SyncError::Bundle)?;
+        let verifying =
+            node::bundle(&config.controller.trust_bundle, roots, &config.trust_domain).map_err(SyncError::Bundle)?;
         let link = Arc::new(Link {
             address: config.controller.address.clone(),
             node: SpiffeId::node(&config.trust_domain, &config.node)?,
@@ -359,21 +359,35 @@ impl ViewSync {
     /// Joins if need be, connects, and opens the stream with the hello as its first message.
     async fn connect(&mut self, hello: Report) -> Result<Open, LinkError> {
         let now = SystemTime::now();
-        if self.credential.as_ref().is_none_or(|credential| credential.expires() <= now) {
+        if self
+            .credential
+            .as_ref()
+            .is_none_or(|credential| credential.expires() <= now)
+        {
             self.join(now).await?;
         }
-        let channel = self.link.connect(self.verifying.clone(), self.credential.as_ref()).await?;
+        let channel = self
+            .link
+            .connect(self.verifying.clone(), self.credential.as_ref())
+            .await?;
         let (outgoing, messages) = mpsc::channel(OUTGOING_MAX);
         // The channel is empty and has room for the hello.
         let _ = outgoing.try_send(hello.into());
-        let call = controller::client(channel.clone()).sync(ReceiverStream::new(messages)).await;
+        let call = controller::client(channel.clone())
+            .sync(ReceiverStream::new(messages))
+            .await;
         let incoming = call.map_err(|status| LinkError::Call(Box::new(status)))?.into_inner();
         *self.client.channel.lock() = Some(channel);
         Ok(Open { outgoing, incoming })
     }
 
     async fn join(&mut self, now: SystemTime) -> Result<(), LinkError> {
-        let file = self.config.controller.join_token_file.as_ref().ok_or(LinkError::NoToken)?;
+        let file = self
+            .config
+            .controller
+            .join_token_file
+            .as_ref()
+            .ok_or(LinkError::NoToken)?;
         let token = std::fs::read_to_string(file).map_err(LinkError::Token)?;
         let channel = self.link.connect(self.verifying.clone(), None).await?;
         let credential = self.link.bootstrap(channel, token.trim(), &self.verifying, now).await?;
@@ -432,7 +446,11 @@ impl ViewSync {
         if let Ok(bundle) = bundle_of(roots, &self.config.trust_domain) {
             self.workload_bundle.send_replace(bundle);
         }
-        match node::bundle(&self.config.controller.trust_bundle, &roots.0, &self.config.trust_domain) {
+        match node::bundle(
+            &self.config.controller.trust_bundle,
+            &roots.0,
+            &self.config.trust_domain,
+        ) {
             Ok(bundle) => self.verifying = bundle,
             Err(reason) => self.events.emit(Event::Internal {
                 what: "trust bundle",

@@ -201,7 +201,9 @@ impl State {
 
     /// The next backoff: doubled per failure, and of that between half and the whole.
     fn backoff(&self, random: f64) -> Duration {
-        let doubled = RETRY_FIRST.saturating_mul(1 << self.failures.min(16)).min(self.retry_max);
+        let doubled = RETRY_FIRST
+            .saturating_mul(1 << self.failures.min(16))
+            .min(self.retry_max);
         doubled.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0))
     }
 
@@ -536,7 +538,11 @@ mod tests {
         for (what, wrong, word) in cases {
             let (next, words) = update(state, wrong);
             assert_eq!(words, ["tell view-refused", word], "{what}");
-            assert_eq!((next.revision(), names(&next)), (Revision(7), vec!["a".to_owned()]), "{what}");
+            assert_eq!(
+                (next.revision(), names(&next)),
+                (Revision(7), vec!["a".to_owned()]),
+                "{what}"
+            );
             state = next;
         }
         let garbled = Input::Garbled {
@@ -546,7 +552,11 @@ mod tests {
         let (state, words) = run(state, garbled);
         assert_eq!(words, ["tell view-refused", "nack 8"]);
         let (state, words) = update(state, snapshot(9, &["b"]));
-        assert_eq!(words, ["publish 9", "tell view-applied", "ack 9", "save 9"], "the next good one is taken");
+        assert_eq!(
+            words,
+            ["publish 9", "tell view-applied", "ack 9", "save 9"],
+            "the next good one is taken"
+        );
         assert_eq!(names(&state), ["b"]);
     }
 
@@ -588,7 +598,12 @@ mod tests {
         let mut waits = Vec::new();
         for _ in 0..20 {
             let (next, _) = run(state, Input::Due);
-            let (next, words) = run(next, Input::Lost { reason: "refused".into() });
+            let (next, words) = run(
+                next,
+                Input::Lost {
+                    reason: "refused".into(),
+                },
+            );
             waits.push(words[2].clone());
             state = next;
         }
@@ -640,7 +655,10 @@ mod tests {
             Input::Update(Box::new(snapshot(1, &["a"]))),
             Input::Lost { reason: String::new() },
             Input::Renewed,
-            Input::Garbled { revision: Revision(1), reason: String::new() },
+            Input::Garbled {
+                revision: Revision(1),
+                reason: String::new(),
+            },
         ] {
             let (state, words) = run(fresh(), input);
             assert!(words.is_empty());
