@@ -95,15 +95,4 @@ impl TestCa {
         (csr.params.not_before, csr.params.not_after) = (from.into(), until.into());
         vec![csr.signed_by(&self.issuer).unwrap().der().clone()]
     }
-
-    /// Signs a request as the controller would at `now`.
-    pub(crate) fn sign_csr(
-        &self,
-        request: &super::issue::SigningRequest,
-        now: SystemTime,
-        life: Duration,
-    ) -> Vec<CertificateDer<'static>> {
-        let from = now - Duration::from_secs(60);
-        self.sign(&request.csr, &request.identity, from, now + life)
-    }
 }

@@ -168,7 +168,11 @@ impl Arrival {
         loop {
             let next = tokio::select! {
                 next = flows.next(IDLE_TIMEOUT) => next,
-                () = self.worker.shared.drain.started() => return,
+                // Flows that are on their way already are still served; the source sends no further one here.
+                () = self.worker.shared.drain.started(), if !flows.is_retired() => {
+                    flows.retire();
+                    continue;
+                }
             };
             let offer = match next {
                 Ok(Some(offer)) => offer,

@@ -34,8 +34,9 @@ use crate::{
 /// writes into a tunnel that is just being closed.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// How long a source has to close a tunnel that was retired.
-const RETIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a retired tunnel still takes flows: as long as one that was sent before the source read of it may be on its
+/// way. A source looks before it uses an idle tunnel.
+const RETIRE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a tunnel carries.
 #[derive(Debug)]
