@@ -6,9 +6,11 @@
 
 #![forbid(unsafe_code)]
 
+mod check;
 mod connect;
 mod controller;
 mod explain;
+mod get;
 mod join;
 mod output;
 mod policy;

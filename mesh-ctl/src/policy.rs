@@ -7,19 +7,20 @@ use std::{
 };
 
 use mesh_api::{
-    document::{DEFAULT_NAMESPACE, DocumentKey, DocumentSet, Kind, Problem, parse},
+    document::{DEFAULT_NAMESPACE, DocumentKey, Kind, Problem},
     wire::operator::{
-        ApplyRequest, Change, DeleteRequest, DocumentChange, DocumentKey as WireKey, GetRequest,
-        Problem as WireProblem, Source, WaitAckedRequest,
+        ApplyRequest, Change, DeleteRequest, DocumentChange, DocumentKey as WireKey, NodeStatus,
+        Problem as WireProblem, Source, StatusRequest, WaitAckedRequest,
     },
 };
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::{
+    check,
     connect::{CALL_TIMEOUT, Failure, connect},
     explain::{self, ExplainArgs},
-    output::{Format, Table, print, print_value},
+    get,
+    output::{Format, print, print_value},
 };
 
 /// The most files that one command reads.
@@ -31,11 +32,11 @@ pub enum PolicyCommand {
     /// Create or change documents: all of them as one new revision, or none.
     Apply(ApplyArgs),
     /// Show documents.
-    Get(GetArgs),
+    Get(get::GetArgs),
     /// Delete documents.
     Delete(DeleteArgs),
     /// Validate documents without a controller.
-    Check(CheckArgs),
+    Check(check::CheckArgs),
     /// Say what would happen to a request, and by which rule.
     Explain(ExplainArgs),
 }
@@ -62,26 +63,6 @@ pub struct ApplyArgs {
     dry_run: bool,
     #[command(flatten)]
     wait: WaitArgs,
-    /// How the result is printed.
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
-}
-
-/// Arguments of `get`.
-#[derive(Debug, clap::Args)]
-pub struct GetArgs {
-    /// KIND or KIND/NAME, such as `httproute` or `Service/cart`; all kinds if absent.
-    #[arg(value_name = "KIND[/NAME]")]
-    what: Option<String>,
-    /// The document's name.
-    #[arg(value_name = "NAME")]
-    name: Option<String>,
-    /// Only this namespace.
-    #[arg(short, long, value_name = "NS", conflicts_with = "all_namespaces")]
-    namespace: Option<String>,
-    /// All namespaces (the default).
-    #[arg(short = 'A', long)]
-    all_namespaces: bool,
     /// How the result is printed.
     #[arg(short, long, value_enum, default_value_t)]
     output: Format,
@@ -119,20 +100,6 @@ pub struct DeleteArgs {
     output: Format,
 }
 
-/// Arguments of `check`.
-#[derive(Debug, clap::Args)]
-pub struct CheckArgs {
-    /// A file, a directory (its *.yaml, *.yml and *.json) or - for standard input; may be given again.
-    #[arg(short, long = "filename", value_name = "FILE|DIR|-", required = true)]
-    filenames: Vec<PathBuf>,
-    /// Fail on warnings as well: references to what is not in these files.
-    #[arg(long)]
-    strict: bool,
-    /// How the result is printed.
-    #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
-}
-
 /// What `apply` and `delete` print for programs.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -157,9 +124,9 @@ struct ChangeLine {
 pub async fn run(command: PolicyCommand, socket: PathBuf) -> Result<(), Failure> {
     match command {
         PolicyCommand::Apply(args) => apply(args, socket).await,
-        PolicyCommand::Get(args) => get(args, socket).await,
+        PolicyCommand::Get(args) => get::run(args, socket).await,
         PolicyCommand::Delete(args) => delete(args, socket).await,
-        PolicyCommand::Check(args) => check(args),
+        PolicyCommand::Check(args) => check::run(args),
         PolicyCommand::Explain(args) => explain::run(args, socket).await,
     }
 }
@@ -249,7 +216,8 @@ fn split_problems(problems: Vec<WireProblem>) -> (Vec<String>, Vec<String>) {
     (lines(wrong), lines(odd))
 }
 
-fn warn(warnings: &[String]) {
+/// Warnings go to standard error.
+pub fn warn(warnings: &[String]) {
     for warning in warnings {
         eprintln!("warning: {warning}");
     }
@@ -310,7 +278,7 @@ async fn wait(args: &WaitArgs, dry_run: bool, revision: u64, socket: PathBuf, ou
     };
     let response = client.wait_acked(request).await?.into_inner();
     if !response.nacked.is_empty() {
-        let line = |node: &mesh_api::wire::operator::NodeStatus| {
+        let line = |node: &NodeStatus| {
             format!(
                 "{} refused revision {}: {}",
                 node.node, node.nacked_revision, node.nack_reason
@@ -319,16 +287,19 @@ async fn wait(args: &WaitArgs, dry_run: bool, revision: u64, socket: PathBuf, ou
         return Err(Failure::Refused(response.nacked.iter().map(line).collect()));
     }
     if !response.acked {
+        let status = client.status(StatusRequest {}).await?.into_inner();
+        if status.withheld {
+            return Err(Failure::refused(
+                "agents get no new revision while a stored document cannot be read: see mesh-ctl status",
+            ));
+        }
         return Err(Failure::Timeout(format!(
             "revision {revision} is not held by {} yet",
             response.waiting_for.join(", ")
         )));
     }
     if output == Format::Table {
-        let status = client
-            .status(mesh_api::wire::operator::StatusRequest {})
-            .await?
-            .into_inner();
+        let status = client.status(StatusRequest {}).await?.into_inner();
         let connected = status.nodes.iter().filter(|node| node.connected).count();
         print(&match connected {
             0 => "no agent is connected\n".to_owned(),
@@ -340,7 +311,7 @@ async fn wait(args: &WaitArgs, dry_run: bool, revision: u64, socket: PathBuf, ou
 }
 
 /// `KIND`, `KIND/NAME` or `KIND NAME`.
-fn kind_and_name(what: Option<&str>, name: Option<&str>) -> Result<(Option<Kind>, String), Failure> {
+pub fn kind_and_name(what: Option<&str>, name: Option<&str>) -> Result<(Option<Kind>, String), Failure> {
     let Some(what) = what else {
         return Ok((None, String::new()));
     };
@@ -356,75 +327,6 @@ fn kind_and_name(what: Option<&str>, name: Option<&str>) -> Result<(Option<Kind>
         (Some(_), Some(_)) => Err(Failure::Usage("a name is given twice".into())),
         (inner, name) => Ok((Some(found), inner.or(name).unwrap_or_default().to_owned())),
     }
-}
-
-/// A set as programs read it.
-#[derive(Serialize)]
-struct Listing {
-    revision: u64,
-    items: Vec<Value>,
-}
-
-async fn get(args: GetArgs, socket: PathBuf) -> Result<(), Failure> {
-    let (kind, name) = kind_and_name(args.what.as_deref(), args.name.as_deref())?;
-    let mut client = connect(socket, CALL_TIMEOUT).await?;
-    let request = GetRequest {
-        kind: kind.map_or("", |kind| kind.as_str()).to_owned(),
-        namespace: args.namespace.unwrap_or_default(),
-        name: name.clone(),
-    };
-    let response = client.get(request).await?.into_inner();
-    if !name.is_empty() && response.documents.is_empty() {
-        let kind = kind.map_or("document", |kind| kind.as_str());
-        return Err(Failure::refused(format!("{kind} {name} is not there")));
-    }
-    if args.output == Format::Table {
-        let mut table = Table::new(&["KIND", "NAMESPACE", "NAME", "GENERATION", "REVISION"]);
-        for document in response.documents {
-            let key = document.key.unwrap_or_default();
-            let note = if document.unreadable.is_empty() {
-                ""
-            } else {
-                " (unreadable)"
-            };
-            let revision = format!("{}{note}", document.revision);
-            table.row([
-                key.kind,
-                key.namespace,
-                key.name,
-                document.generation.to_string(),
-                revision,
-            ]);
-        }
-        if table.is_empty() {
-            eprintln!("no documents");
-        } else {
-            print(&table.to_string());
-        }
-        return Ok(());
-    }
-    let mut items = Vec::new();
-    for document in response.documents {
-        let mut value: Value = serde_json::from_str(&document.json)
-            .map_err(|e| Failure::refused(format!("the controller's answer: {e}")))?;
-        if let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
-            metadata.insert("generation".to_owned(), document.generation.into());
-        }
-        items.push(value);
-    }
-    if args.output == Format::Yaml {
-        let mut text = String::new();
-        for (place, item) in items.iter().enumerate() {
-            if place > 0 {
-                text.push_str("---\n");
-            }
-            text += &serde_yaml_ng::to_string(item).map_err(|e| Failure::refused(e.to_string()))?;
-        }
-        print(&text);
-        return Ok(());
-    }
-    let revision = response.revision;
-    print_value(&Listing { revision, items }, Format::Json)
 }
 
 async fn delete(args: DeleteArgs, socket: PathBuf) -> Result<(), Failure> {
@@ -469,62 +371,4 @@ async fn delete(args: DeleteArgs, socket: PathBuf) -> Result<(), Failure> {
     };
     print_changes(&report, args.output)?;
     wait(&args.wait, args.dry_run, report.revision, socket, args.output).await
-}
-
-/// What `check` prints for programs.
-#[derive(Serialize)]
-struct CheckReport {
-    valid: bool,
-    documents: usize,
-    problems: Vec<String>,
-    warnings: Vec<String>,
-}
-
-fn check(args: CheckArgs) -> Result<(), Failure> {
-    let mut problems = Vec::new();
-    let mut set = DocumentSet::new();
-    let mut count = 0;
-    for source in read_sources(&args.filenames)? {
-        match parse(&source.name, &source.yaml) {
-            Ok(documents) => {
-                for document in documents {
-                    count += 1;
-                    let key = document.key();
-                    if set.insert(document).is_some() {
-                        problems.push(format!(
-                            "{}: {key} is there twice, expected each document once",
-                            source.name
-                        ));
-                    }
-                }
-            }
-            Err(found) => problems.extend(found.iter().map(Problem::to_string)),
-        }
-    }
-    let warnings: Vec<String> = if problems.is_empty() {
-        set.validate().iter().map(Problem::to_string).collect()
-    } else {
-        Vec::new()
-    };
-    let valid = problems.is_empty() && (!args.strict || warnings.is_empty());
-    if args.output == Format::Table {
-        warn(&warnings);
-        if valid {
-            print(&format!("{count} documents are valid\n"));
-            return Ok(());
-        }
-    } else {
-        let report = CheckReport {
-            valid,
-            documents: count,
-            problems: problems.clone(),
-            warnings,
-        };
-        print_value(&report, args.output)?;
-    }
-    match (valid, problems.is_empty()) {
-        (true, _) => Ok(()),
-        (false, false) => Err(Failure::Refused(problems)),
-        (false, true) => Err(Failure::refused("there are warnings")),
-    }
 }

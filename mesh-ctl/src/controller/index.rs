@@ -141,7 +141,13 @@ fn read_all(stored: &StoredSet) -> (DocumentSet, BTreeMap<String, String>) {
 }
 
 impl Compiled {
-    fn new(revision: Revision, set: &DocumentSet, domain: &TrustDomain, before: Option<&Compiled>) -> Compiled {
+    /// Compiles a set; what did not change since `before` is shared with it.
+    pub(super) fn new(
+        revision: Revision,
+        set: &DocumentSet,
+        domain: &TrustDomain,
+        before: Option<&Compiled>,
+    ) -> Compiled {
         let mut resources = BTreeMap::new();
         let mut identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>> = BTreeMap::new();
         for resource in set.resources(domain) {

@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use mesh_api::{
     document::Resource,
+    identity::TrustDomain,
     wire::{TrustRoots, Update},
     workload::Revision,
 };
 
 use super::index::Compiled;
-use mesh_api::identity::TrustDomain;
 
 /// See the module.
 pub struct SyncState {
@@ -129,5 +129,162 @@ impl SyncState {
                 Err(UnexpectedAnswer(revision))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use mesh_api::document::{DocumentSet, ResourceKey, parse};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What happens next in a session.
+    #[derive(Clone, Debug)]
+    enum Event {
+        /// A document is set to a variant, or deleted; this makes a revision.
+        Change { document: u8, variant: Option<u8> },
+        /// The agent is sent what there is to send.
+        Send,
+        /// It takes what was sent.
+        Ack,
+        /// It refuses what was sent.
+        Nack,
+        /// The connection is made anew, and the agent resumes by what it holds, if that is still known.
+        Reconnect { known: bool },
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            4 => (0..6u8, proptest::option::weighted(0.7, 0..3u8))
+                .prop_map(|(document, variant)| Event::Change { document, variant }),
+            4 => Just(Event::Send),
+            4 => Just(Event::Ack),
+            1 => Just(Event::Nack),
+            1 => any::<bool>().prop_map(|known| Event::Reconnect { known }),
+        ]
+    }
+
+    /// Pods on both nodes, and services; a variant changes what some nodes see and others do not.
+    fn yaml(document: u8, variant: u8) -> String {
+        let node = document % 2 + 1;
+        match document {
+            0..4 => format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: p{document}, namespace: shop, annotations: \
+                 {{nodemesh.io/netns: /run/netns/{}}}}}\nspec: {{nodeName: node-{node}, containers: [{{name: a}}]}}\n\
+                 status: {{podIP: 10.0.{}.1{document}}}\n",
+                variant % 2,
+                variant / 2
+            ),
+            _ => format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: s{document}, namespace: shop}}\n\
+                 spec: {{ports: [{{port: {}}}]}}\n",
+                u16::from(variant) + 1
+            ),
+        }
+    }
+
+    fn seen(compiled: &Compiled) -> BTreeMap<ResourceKey, Resource> {
+        let all = compiled.resources.iter();
+        all.map(|(key, resource)| (key.clone(), seen_from("node-1", resource)))
+            .collect()
+    }
+
+    proptest! {
+        /// Whatever was joined, refused or resumed: an agent that takes an update holds exactly that revision.
+        #[test]
+        fn an_agent_that_acks_holds_what_the_revision_says(events in proptest::collection::vec(event(), 1..60)) {
+            let domain = TrustDomain::new("cluster.local").unwrap();
+            let roots = TrustRoots(vec![vec![1]]);
+            let mut set = DocumentSet::new();
+            let mut newest = Arc::new(Compiled::new(Revision(1), &set, &domain, None));
+            let mut state = SyncState::new("node-1", domain.clone(), None);
+            let mut held: Option<(Arc<Compiled>, BTreeMap<ResourceKey, Resource>)> = None;
+            let mut sent: Option<(Arc<Compiled>, Update)> = None;
+            for event in events {
+                match event {
+                    Event::Change { document, variant } => {
+                        let mut parsed = parse("test", &yaml(document, variant.unwrap_or(0))).unwrap();
+                        let parsed = parsed.remove(0);
+                        match variant {
+                            Some(_) => set.insert(parsed),
+                            None => set.remove(&parsed.key()),
+                        };
+                        let next = Revision(newest.revision.0 + 1);
+                        newest = Arc::new(Compiled::new(next, &set, &domain, Some(&newest)));
+                    }
+                    Event::Send => {
+                        if let Some(update) = state.next(&newest, &roots) {
+                            prop_assert!(sent.is_none(), "two updates on their way");
+                            sent = Some((newest.clone(), update));
+                        }
+                    }
+                    Event::Ack => {
+                        let Some((compiled, update)) = sent.take() else {
+                            prop_assert!(state.acked(newest.revision).is_err());
+                            continue;
+                        };
+                        let mut holds = match (&update, &held) {
+                            (Update::Snapshot { .. }, _) => BTreeMap::new(),
+                            (Update::Delta { from, .. }, Some((base, holds))) => {
+                                prop_assert_eq!(*from, base.revision);
+                                holds.clone()
+                            }
+                            (Update::Delta { .. }, None) => panic!("a delta for an agent that holds nothing"),
+                        };
+                        let revision = compiled.revision;
+                        match update {
+                            Update::Snapshot { resources, .. } => {
+                                holds.extend(resources.into_iter().map(|resource| (resource.key(), resource)));
+                            }
+                            Update::Delta { upserts, removed, .. } => {
+                                holds.extend(upserts.into_iter().map(|resource| (resource.key(), resource)));
+                                for key in removed {
+                                    prop_assert!(holds.remove(&key).is_some(), "{:?} was not held", key);
+                                }
+                            }
+                        }
+                        prop_assert_eq!(&holds, &seen(&compiled));
+                        held = Some((compiled, holds));
+                        state.acked(revision).unwrap();
+                    }
+                    Event::Nack => {
+                        if let Some((compiled, _)) = sent.take() {
+                            state.nacked(compiled.revision).unwrap();
+                        }
+                    }
+                    Event::Reconnect { known } => {
+                        sent = None;
+                        let base = held.as_ref().filter(|_| known).map(|(base, _)| base.clone());
+                        state = SyncState::new("node-1", domain.clone(), base);
+                    }
+                }
+            }
+            // An answered agent that is behind is sent something.
+            let behind = held.as_ref().is_none_or(|(base, _)| base.revision < newest.revision);
+            if behind && sent.is_none() && state.answered != Some(newest.revision) {
+                prop_assert!(state.next(&newest, &roots).is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn roots_are_told_once_and_again_when_they_change() {
+        let domain = TrustDomain::new("cluster.local").unwrap();
+        let (one, two) = (TrustRoots(vec![vec![1]]), TrustRoots(vec![vec![1], vec![2]]));
+        let set = DocumentSet::new();
+        let revision = |n| Arc::new(Compiled::new(Revision(n), &set, &domain, None));
+        let mut state = SyncState::new("node-1", domain.clone(), None);
+        let mut told = Vec::new();
+        for (n, roots) in [(1, &one), (2, &one), (3, &two), (4, &two)] {
+            match state.next(&revision(n), roots).unwrap() {
+                Update::Snapshot { trust_roots, .. } => told.push(Some(trust_roots)),
+                Update::Delta { trust_roots, .. } => told.push(trust_roots),
+            }
+            state.acked(Revision(n)).unwrap();
+        }
+        assert_eq!(told, [Some(one), None, Some(two), None]);
     }
 }
