@@ -1,1 +1,127 @@
-fn main() {}
+//! `mesh-agent`: arguments, diagnostics and the exit code. What the agent does is in the library.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong arguments or configuration.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+use mesh_agent::{
+    config::{AgentConfig, ConfigFlags, LogConfig},
+    event::LogFormat,
+    kernel::Kernel,
+};
+use tracing_subscriber::EnvFilter;
+
+#[derive(Parser)]
+#[command(
+    name = "mesh-agent",
+    version,
+    about = "The node agent of Nodemesh",
+    max_term_width = 100
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve this node
+    Run(Box<ConfigFlags>),
+    /// Detach the kernel programs that an agent left pinned; pods go on as if there were no mesh
+    Detach {
+        /// Which agent's: its node's name, unless it was started with another instance
+        #[arg(long, value_name = "NAME")]
+        instance: String,
+        /// The bpffs directory of all instances
+        #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
+        pin_root: PathBuf,
+    },
+    /// Print the version and the ABI of the kernel programs
+    Version,
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Run(flags) => run(&flags),
+        Command::Detach { instance, pin_root } => finish(detach(&pin_root, &instance)),
+        Command::Version => {
+            println!(
+                "mesh-agent {} (kernel ABI {})",
+                env!("CARGO_PKG_VERSION"),
+                mesh_abi::ABI_VERSION
+            );
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+fn run(flags: &ConfigFlags) -> ExitCode {
+    let config = match AgentConfig::load(flags) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(2);
+        }
+    };
+    if let Err(error) = open_log(&config.log) {
+        eprintln!("configuration: log.filter: {error}");
+        return ExitCode::from(2);
+    }
+    finish(mesh_agent::agent::run(config))
+}
+
+fn finish(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The whole chain, once, here.
+            eprintln!("mesh-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn open_log(config: &LogConfig) -> anyhow::Result<()> {
+    let filter: EnvFilter = config.filter.parse()?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match config.format {
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+        LogFormat::Text => builder.with_ansi(false).init(),
+    }
+    Ok(())
+}
+
+/// Removes the pins of an instance, of every ABI version that is there.
+fn detach(pin_root: &Path, instance: &str) -> anyhow::Result<()> {
+    let prefix = format!("{instance}-v");
+    let entries = match fs::read_dir(pin_root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            println!("nothing is pinned under {}", pin_root.display());
+            return Ok(());
+        }
+        Err(error) => return Err(anyhow::anyhow!("{}: {error}", pin_root.display())),
+    };
+    let mut removed = 0;
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let version = name.to_str().and_then(|name| name.strip_prefix(&prefix));
+        if version.is_some_and(|version| version.parse::<u32>().is_ok()) {
+            Kernel::remove(&entry.path())?;
+            println!("detached {}", entry.path().display());
+            removed += 1;
+        }
+    }
+    if removed == 0 {
+        println!("nothing of instance {instance} is pinned under {}", pin_root.display());
+    }
+    Ok(())
+}
