@@ -7,6 +7,8 @@
 pub mod controller;
 pub mod node;
 pub mod session;
+#[cfg(test)]
+mod session_tests;
 pub mod snapshot;
 pub mod sync;
 
