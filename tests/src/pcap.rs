@@ -132,15 +132,18 @@ fn segment(frame: &[u8]) -> Option<Segment> {
     })
 }
 
-/// A handshake record that begins with a ServerHello whose `supported_versions` chose TLS 1.3.
+/// A handshake record that begins with a ServerHello whose `supported_versions` chose TLS 1.3. The extension may stand
+/// after a post-quantum key share of more than a kilobyte.
 fn is_tls13_server_hello(payload: &[u8]) -> bool {
     const SUPPORTED_VERSIONS_1_3: [u8; 6] = [0x00, 0x2b, 0x00, 0x02, 0x03, 0x04];
-    payload.starts_with(&[0x16, 0x03, 0x03])
-        && payload.get(5) == Some(&0x02)
-        && payload
-            .windows(6)
-            .take(512)
-            .any(|window| window == SUPPORTED_VERSIONS_1_3)
+    let [0x16, 0x03, 0x03, high, low, 0x02, ..] = payload else {
+        return false;
+    };
+    let record = usize::from(u16::from_be_bytes([*high, *low]));
+    payload[5..]
+        .windows(6)
+        .take(record)
+        .any(|window| window == SUPPORTED_VERSIONS_1_3)
 }
 
 #[cfg(test)]
@@ -184,8 +187,8 @@ mod tests {
     #[test]
     fn segments_of_both_families() {
         let hello = [
-            &[0x16, 3, 3, 0, 90, 2, 0, 0, 86],
-            [7; 40].as_slice(),
+            &[0x16, 3, 3, 4, 0xba, 2, 0, 4, 0xb6],
+            [7; 1200].as_slice(),
             &[0, 0x2b, 0, 2, 3, 4],
         ]
         .concat();
