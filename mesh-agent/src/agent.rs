@@ -24,7 +24,7 @@ use crate::{
     config::AgentConfig,
     drain::{self, Drain},
     event::{AccessLog, Event, Events, EventsConfig, Samples},
-    identity::{CredentialStore, issue::Issuer, keep::Keep},
+    identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
     kernel::{Kernel, KernelConfig, node_addresses},
     net::SystemClock,
     pods::{PodStatus, Pods, WorkerCommand},
@@ -98,7 +98,8 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let (pods_out, pods_in) = watch::channel(Vec::new());
     let issuer = Issuer::new(sync.client(), credentials.clone(), Arc::new(SystemClock));
     let keep = Keep::open(config.state_dir.join("credentials")).context("the directory of credentials")?;
-    let issuer = issuer.kept_in(keep, Some(sync.bundle().borrow().clone()));
+    let bundle = sync.bundle();
+    let issuer = issuer.kept_in(keep, Some(bundle.borrow().clone()));
     add_sources(&events, &kernel, &credentials, &traffic);
     events.add_source(Box::new(health.clone()));
 
@@ -114,6 +115,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
         traffic,
         events: events.clone(),
         pods,
+        bundle,
         wanted: wanted_out,
         report: report_out,
         statuses: pods_out,
@@ -134,7 +136,9 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let drained = trigger.finish(config.drain.patience, config.drain.grace).await;
     trigger.close();
     events.emit(Event::DrainEnded { left: drained.left });
-    (control.abort(), issuing.abort(), answering.abort());
+    for task in [control, issuing, answering] {
+        task.abort();
+    }
     let joined = tokio::task::spawn_blocking(move || workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>());
     for worker in joined.await? {
         match worker {
@@ -203,6 +207,7 @@ struct Keeper {
     traffic: Arc<Traffic>,
     events: Arc<Events>,
     pods: Pods,
+    bundle: watch::Receiver<Arc<TrustBundle>>,
     wanted: watch::Sender<BTreeSet<SpiffeId>>,
     report: watch::Sender<AgentReport>,
     statuses: watch::Sender<Vec<PodStatus>>,
@@ -235,6 +240,11 @@ impl Keeper {
                     // The sender lives in the store, so the wait cannot fail.
                     _ = changes.changed() => break,
                     _ = issued.changed() => self.tell(),
+                    // Peers are judged by the newest roots, without waiting for a renewal.
+                    Ok(()) = self.bundle.changed() => {
+                        let bundle = self.bundle.borrow_and_update().clone();
+                        self.credentials.set_bundle(&bundle, std::time::SystemTime::now());
+                    }
                     () = tokio::time::sleep(POD_RETRY), if unsettled => break,
                     _ = housekeeping.tick() => {
                         self.events.expire(tokio::time::Instant::now().into_std());

@@ -272,7 +272,8 @@ impl Arrival {
         }
         let said = (first.len() as u64, early.len() as u64);
         if stream.write_all(&early).await.is_err() || app.write_all(&first).await.is_err() {
-            (net::reset_on_close(&stream), Duplex::reset(&mut app));
+            net::reset_on_close(&stream);
+            Duplex::reset(&mut app);
             return record.close(Outcome::SourceReset);
         }
         self.relay(record, stream, app, said).await;
