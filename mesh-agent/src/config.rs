@@ -16,7 +16,7 @@ use serde_yaml_ng::{Mapping, Value};
 
 use crate::{
     event::{self, Compat, LogFormat},
-    kernel::FailMode,
+    kernel::{FailMode, cgroup2_root},
     worker::PathConfig,
 };
 
@@ -192,7 +192,7 @@ pub struct ConfigFlags {
     /// File with the join token
     #[arg(long, value_name = "FILE")]
     pub join_token_file: Option<PathBuf>,
-    /// The cgroup2 directory under which pods run [default: /sys/fs/cgroup]
+    /// The cgroup2 directory under which pods run [default: where cgroup2 is mounted]
     #[arg(long, value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
     /// The bpffs directory of all instances [default: /sys/fs/bpf/nodemesh]
@@ -522,7 +522,7 @@ fn is_host_and_port(address: &str) -> bool {
 
 fn read_kernel(mut section: Section<'_>, node: Option<&str>) -> KernelSection {
     let kernel = KernelSection {
-        cgroup: section.or("cgroup", PathBuf::from("/sys/fs/cgroup")),
+        cgroup: section.or("cgroup", cgroup2_root().unwrap_or_else(|_| PathBuf::from("/sys/fs/cgroup"))),
         pin_root: section.or("pinRoot", PathBuf::from("/sys/fs/bpf/nodemesh")),
         instance: section.or("instance", node.unwrap_or_default().to_owned()),
         fail_mode: section.word(
