@@ -772,6 +772,20 @@ pub fn remove(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Removes a lab that was kept or whose owner is gone; one that somebody works with is an error.
+pub fn replace(name: &str) -> Result<()> {
+    if let Ok(state) = state::load(name)
+        && let Some(owner) = state.owner
+    {
+        ensure!(
+            !owner.alive() || owner == Process::current(),
+            "the lab {name:?} belongs to process {}, which still runs",
+            owner.pid
+        );
+    }
+    remove(name)
+}
+
 /// Removes the labs whose owner is gone.
 pub fn sweep() -> Result<()> {
     for name in state::labs() {

@@ -33,10 +33,11 @@ pub struct Options {
     /// Only figures whose name contains this.
     #[arg(long)]
     only: Option<String>,
+    /// The lab's name.
+    #[arg(long, default_value = "bench")]
+    name: String,
 }
 
-/// The lab's name.
-const NAME: &str = "bench";
 /// The size of an answer of the bulk measurement.
 const BULK: u64 = 256 << 20;
 /// Kernel clock ticks per second in /proc: fixed at 100 for user space on every Linux.
@@ -183,8 +184,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         return Ok(code);
     }
     let started = Instant::now();
-    mesh_tests::lab::remove(NAME)?;
-    let mut config = LabConfig::new(NAME).manifest(manifest());
+    mesh_tests::lab::replace(&options.name)?;
+    let mut config = LabConfig::new(&options.name).manifest(manifest());
     config.service_rules = false;
     config.progress = |step| eprintln!("bench: {step}");
     let lab = Lab::up(config)?;

@@ -25,10 +25,11 @@ pub struct Options {
     /// Builds without optimizations (for those who work on the demo).
     #[arg(long)]
     debug: bool,
+    /// The lab's name.
+    #[arg(long, default_value = "demo")]
+    name: String,
 }
 
-/// The lab's name.
-const NAME: &str = "demo";
 /// Words that are sent and must not be seen between the nodes.
 const SECRET: &str = "a-secret-that-nobody-may-read-on-the-wire";
 /// Words that are sent in the clear, to show that the capture would see them.
@@ -88,8 +89,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         return Ok(code);
     }
     setup::check_kernel()?;
-    mesh_tests::lab::remove(NAME)?;
-    let mut demo = Demo::start()?;
+    mesh_tests::lab::replace(&options.name)?;
+    let mut demo = Demo::start(&options.name)?;
     let shown = demo.show();
     demo.table();
     if let Err(error) = &shown {
@@ -119,12 +120,12 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 impl Demo {
-    fn start() -> Result<Demo> {
+    fn start(name: &str) -> Result<Demo> {
         println!(
             "1. Two nodes, a controller, and a shop of ordinary programs: python, nginx, redis. None of them knows of a mesh."
         );
         let started = Instant::now();
-        let mut config = LabConfig::new(NAME).file(fixture("shop")).manifest(ECHO);
+        let mut config = LabConfig::new(name).file(fixture("shop")).manifest(ECHO);
         config.progress = |step| println!("   … {step}");
         let lab = Lab::up(config)?;
         let state = lab.state()?;
@@ -553,7 +554,7 @@ impl Demo {
                 println!("\n--- the end of the log of the agent on {}", node.name);
                 println!(
                     "{}",
-                    mesh_tests::mesh::tail(&mesh_tests::mesh::agent_log(NAME, &node.name))
+                    mesh_tests::mesh::tail(&mesh_tests::mesh::agent_log(self.lab.name(), &node.name))
                 );
             }
         }
@@ -562,16 +563,17 @@ impl Demo {
             println!("\nThe lab is gone; nothing stays behind.");
             return Ok(());
         }
+        let name = self.lab.name().to_string();
         self.lab.keep()?;
         println!(
             "\nThe lab goes on. Try:\n\
-             \x20 cargo xtask lab status --name {NAME}\n\
-             \x20 cargo xtask lab exec --name {NAME} shop/front -- curl -si http://cart/\n\
-             \x20 cargo xtask lab exec --name {NAME} shop/visitor -- curl -si http://cart/\n\
-             \x20 cargo xtask lab ctl --name {NAME} policy get\n\
-             \x20 cargo xtask lab exec --name {NAME} --node node-1 -- curl -s http://127.0.0.1:15020/metrics\n\
-             \x20 cargo xtask lab logs --name {NAME} node-1\n\
-             \x20 cargo xtask lab down --name {NAME}"
+             \x20 cargo xtask lab status --name {name}\n\
+             \x20 cargo xtask lab exec --name {name} shop/front -- curl -si http://cart/\n\
+             \x20 cargo xtask lab exec --name {name} shop/visitor -- curl -si http://cart/\n\
+             \x20 cargo xtask lab ctl --name {name} policy get\n\
+             \x20 cargo xtask lab exec --name {name} --node node-1 -- curl -s http://127.0.0.1:15020/metrics\n\
+             \x20 cargo xtask lab logs --name {name} node-1\n\
+             \x20 cargo xtask lab down --name {name}"
         );
         Ok(())
     }
