@@ -691,6 +691,28 @@ fn responses_that_could_be_read_in_two_ways_are_refused() {
 }
 
 #[test]
+fn a_refusal_arrives_however_much_is_sent_behind() {
+    run(async {
+        let mut bench = Bench::plain().await;
+        let (mut read, mut write) = bench.source.split();
+        let send = async {
+            let junk = vec![b'x'; 768 * 1024];
+            write
+                .write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: x\r\n\r\n")
+                .await
+                .unwrap();
+            let _ = write.write_all(&junk).await;
+        };
+        let receive = async {
+            let mut answer = String::new();
+            read.read_to_string(&mut answer).await.map(|_| answer)
+        };
+        let ((), answer) = within(async { tokio::join!(send, receive) }).await;
+        assert!(answer.unwrap().starts_with("HTTP/1.1 400 "));
+    });
+}
+
+#[test]
 fn sizes_are_bounded() {
     let cases = [
         (
@@ -1017,6 +1039,15 @@ fn the_handler_may_ask_for_another_attempt() {
         second.expect(post).await;
         second.send(OK).await;
         bench.expect(OK).await;
+        // A body that went by cannot be sent again.
+        let head = "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 6\r\n\r\n";
+        bench.send(&format!("{head}abc")).await;
+        second.expect(&format!("{head}abc")).await;
+        bench.send("def").await;
+        second.expect("def").await;
+        second.send(bad).await;
+        bench.expect(bad).await;
+        assert!(bench.apps.is_empty());
         // Only once: then the answer is the source's.
         bench.send(GET).await;
         second.expect(GET).await;
@@ -1025,6 +1056,69 @@ fn the_handler_may_ask_for_another_attempt() {
         third.expect(GET).await;
         third.send(bad).await;
         bench.expect(bad).await;
+    });
+}
+
+#[test]
+fn an_answer_that_nobody_asked_for_reaches_nobody() {
+    let evil = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil";
+    run(async move {
+        // Right behind the answer.
+        for (request, answer) in [
+            (GET, OK),
+            (
+                GET,
+                "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+            ),
+            (GET, "HTTP/1.1 204 No Content\r\n\r\n"),
+            (
+                "HEAD / HTTP/1.1\r\nhost: a\r\n\r\n",
+                "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n",
+            ),
+        ] {
+            let mut bench = Bench::plain().await;
+            bench.send(request).await;
+            let mut app = bench.app().await;
+            app.expect(request).await;
+            app.send(&format!("{answer}{evil}")).await;
+            bench.expect(answer).await;
+            bench.end().await;
+            assert!(bench.handler.pool.borrow().is_empty(), "{answer}");
+            bench.send(GET).await;
+            let mut app = bench.app().await;
+            app.expect(GET).await;
+            app.send(OK).await;
+            bench.expect(OK).await;
+        }
+        // Behind a body that came after its head.
+        let mut bench = Bench::plain().await;
+        bench.send(GET).await;
+        let mut app = bench.app().await;
+        app.expect(GET).await;
+        let (head, body) = OK.split_at(OK.len() - 2);
+        app.send(head).await;
+        bench.expect(head).await;
+        app.send(&format!("{body}{evil}")).await;
+        bench.expect(body).await;
+        bench.end().await;
+        assert!(bench.handler.pool.borrow().is_empty());
+        // While the connection is idle.
+        let mut bench = Bench::plain().await;
+        bench.send(GET).await;
+        let mut app = bench.app().await;
+        app.expect(GET).await;
+        app.send(OK).await;
+        bench.expect(OK).await;
+        bench.end().await;
+        app.send(evil).await;
+        let pooled = bench.handler.pool.borrow_mut().pop_front().unwrap();
+        within(pooled.tcp().readable()).await.unwrap();
+        bench.handler.pool.borrow_mut().push_front(pooled);
+        bench.send(GET).await;
+        let mut app = bench.app().await;
+        app.expect(GET).await;
+        app.send(OK).await;
+        bench.expect(OK).await;
     });
 }
 
@@ -1077,7 +1171,7 @@ fn a_source_that_goes_away_takes_its_request_along() {
         app.send(OK).await;
         let mut answer = String::new();
         within(bench.source.read_to_string(&mut answer)).await.unwrap();
-        assert!(answer.ends_with("\r\n\r\nok"), "{answer}");
+        assert!(answer.ends_with("\r\nconnection: close\r\n\r\nok"), "{answer}");
         assert_eq!(bench.end().await.fault, None);
 
         // With a reset: the application's connection ends.

@@ -142,6 +142,16 @@ async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, numbe
                     let response = Response::builder().status(503).body(()).unwrap();
                     respond.send_response(response, true).unwrap();
                 }
+                "/busy-late" if first => {
+                    let mut bytes = 0;
+                    while bytes < 100_000 {
+                        let data = body.data().await.unwrap().unwrap();
+                        bytes += data.len();
+                        body.flow_control().release_capacity(data.len()).unwrap();
+                    }
+                    let response = Response::builder().status(503).body(()).unwrap();
+                    respond.send_response(response, true).unwrap();
+                }
                 "/silent" => {
                     let reason = std::future::poll_fn(|cx| respond.poll_reset(cx)).await.unwrap();
                     let _ = seen.send(Seen::Reset(reason));
@@ -477,6 +487,14 @@ fn a_refused_stream_goes_to_a_fresh_connection_and_failures_may_be_retried() {
             );
             assert_eq!(bench.handler.connections.get(), 2, "{path}");
         }
+        // A body that went by cannot be sent again.
+        let mut bench = Bench::new(Limits::default(), true, Box::new(|_, _| Ok(Forward::default()))).await;
+        let (response, mut up) = bench.open(request("/busy-late", false), false).await;
+        super::stream::send(&mut up, vec![0; 100_000].into(), false)
+            .await
+            .unwrap();
+        assert_eq!(within(response).await.unwrap().status(), 503);
+        assert_eq!(bench.handler.connections.get(), 1);
         // Without leave the answer is the source's.
         let mut bench = Bench::plain().await;
         assert_eq!(bench.get("/busy").await.status(), 503);
