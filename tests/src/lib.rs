@@ -25,7 +25,9 @@
 //! }
 //! ```
 
+pub mod actors;
 pub mod cgroup;
+pub mod checks;
 pub mod hosts;
 pub mod kube;
 pub mod kubelet;
@@ -41,6 +43,7 @@ pub mod process;
 pub mod state;
 pub mod wait;
 
+pub use checks::Checks;
 pub use lab::{Capture, Lab, LabConfig, Place};
 pub use metrics::Metrics;
 pub use pcap::Packets;
