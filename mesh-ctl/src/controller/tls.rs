@@ -168,7 +168,8 @@ impl Tls {
             inner,
             peer: Peer {
                 node,
-                address: address.to_string(),
+                // A dual-stack listener shows IPv4 peers as mapped addresses.
+                address: SocketAddr::new(address.ip().to_canonical(), address.port()).to_string(),
             },
             ends: Box::pin(tokio::time::sleep(life)),
             _place: (place, extra),
