@@ -3,6 +3,7 @@
 use std::{cell::RefCell, net::SocketAddr, sync::Arc};
 
 use mesh_api::{
+    identity::SpiffeId,
     request::Request,
     view::View,
     workload::{ObjectName, Service, Workload},
@@ -10,7 +11,10 @@ use mesh_api::{
 
 use crate::{
     event::{ConnRecord, ConnectionSecurity, Outcome, Parties, PartySet, Protocol, Reporter, RequestRecord},
-    l7::End,
+    l7::{
+        End, Standard,
+        headers::{ClientCert, TraceParent},
+    },
     worker::Worker,
 };
 
@@ -104,6 +108,22 @@ pub fn fill(
     record.set_revision(view.revision());
     record.set_addresses(source, destination);
     record.set_head(request);
+}
+
+/// The ids that join the lines of one request at both sides: those that it goes on with.
+pub fn trace(record: &mut RequestRecord, request: &dyn Request, standard: &Standard) {
+    let came = request.header("traceparent").and_then(TraceParent::parse);
+    let trace = standard.trace.or(came).map(|context| format!("{:032x}", context.trace)).unwrap_or_default();
+    let id = match &standard.request_id {
+        Some(id) => id.as_str(),
+        None => request.header("x-request-id").unwrap_or_default(),
+    };
+    record.set_trace(id, &trace);
+}
+
+/// Envoy's `x-forwarded-client-cert`: the workload that a request is for, and the identity that its source proved.
+pub fn client_cert(destination: &SpiffeId, source: &SpiffeId) -> ClientCert {
+    ClientCert::Set(format!("By={destination};URI={source}").into())
 }
 
 /// Closes a request's record with what the engine counted.

@@ -73,11 +73,9 @@ impl RequestsIn {
     /// For a connection whose source is as proven as it will be.
     pub fn new(arrival: Arrival) -> RequestsIn {
         let (security, client_cert) = match &arrival.identity {
-            Some(identity) => (
-                ConnectionSecurity::MutualTls,
-                // Envoy's XFCC: the workload that the request is for, and the identity that was proven.
-                ClientCert::Set(format!("By={};URI={identity}", arrival.pod.identity()).into()),
-            ),
+            Some(identity) => {
+                (ConnectionSecurity::MutualTls, names::client_cert(arrival.pod.identity(), identity))
+            }
             None => (ConnectionSecurity::None, ClientCert::Strip),
         };
         RequestsIn {
@@ -131,6 +129,9 @@ impl RequestsIn {
                     _ => Standard::at_source(request, self.arrival.source.ip()),
                 };
                 let standard = Standard { client_cert: self.client_cert.clone(), ..standard };
+                if shared.events.logs_access() {
+                    names::trace(&mut record, request, &standard);
+                }
                 let forward = Forward { standard, ..Forward::default() };
                 Verdict::Forward(forward, Exchange { record, permit: Some(permit), refusal: None })
             }

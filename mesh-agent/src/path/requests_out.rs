@@ -290,7 +290,15 @@ impl RequestsOut {
         if let (Some(twin), Some(permit)) = (&mut twin, &permit) {
             twin.set_rule(permit.rule().clone(), permit.revision());
         }
-        let forward = self.forward(request, &view, rule.as_deref(), share, backend.as_deref());
+        let mut forward = self.forward(request, rule.as_deref(), share, backend.as_deref());
+        if let Way::Local(pod, _) = &way {
+            forward.standard.client_cert = names::client_cert(pod.identity(), self.pod.identity());
+        }
+        if self.worker.shared.events.logs_access() {
+            for record in twin.iter_mut().chain([&mut record]) {
+                names::trace(record, request, &forward.standard);
+            }
+        }
         let settings = backend.as_ref().map(|backend| &backend.traffic);
         let retry = match (&rule, settings) {
             (Some(rule), Some(settings)) => rule.retry(settings).cloned(),
@@ -343,7 +351,6 @@ impl RequestsOut {
     fn forward(
         &self,
         request: &dyn Request,
-        _view: &View,
         rule: Option<&RouteRule>,
         share: Option<&WeightedBackend>,
         backend: Option<&Backend>,
