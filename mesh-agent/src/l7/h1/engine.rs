@@ -419,7 +419,8 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
         deadline: Option<Instant>,
     ) -> Result<Target<H::Target>, ConnectFailure> {
         self.timer.set(deadline);
-        let mut connect = pin!(self.handler.connect(exchange, attempt));
+        // Boxed: a dial's future is large, and would make every idle connection as large.
+        let mut connect = Box::pin(self.handler.connect(exchange, attempt));
         let timer = &mut self.timer;
         poll_fn(|cx| match connect.as_mut().poll(cx) {
             Poll::Ready(target) => Poll::Ready(target.map_err(ConnectFailure::Reply)),

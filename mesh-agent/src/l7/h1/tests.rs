@@ -35,9 +35,9 @@ type Decide = Box<dyn Fn(&dyn Request, Facts) -> Result<Forward, Reply>>;
 struct Scripted {
     decide: Decide,
     retry_on: Vec<StatusCode>,
-    apps: mpsc::UnboundedSender<TcpStream>,
+    apps: mpsc::Sender<TcpStream>,
     pool: RefCell<VecDeque<Transport>>,
-    ends: mpsc::UnboundedSender<End>,
+    ends: mpsc::Sender<End>,
     refused: RefCell<Vec<(Fault, Option<StatusCode>)>>,
     decided: RefCell<Vec<String>>,
 }
@@ -72,7 +72,7 @@ impl Handler for Scripted {
             return Ok(Target { wire, reused: true });
         }
         let (ours, theirs) = pair().await;
-        self.apps.send(theirs).unwrap();
+        self.apps.try_send(theirs).unwrap();
         Ok(Target {
             wire: transport(ours),
             reused: false,
@@ -102,7 +102,7 @@ impl Handler for Scripted {
     }
 
     fn finish(&self, _: (), end: End) {
-        let _ = self.ends.send(end);
+        let _ = self.ends.try_send(end);
     }
 
     fn refused(&self, fault: Fault, status: Option<StatusCode>) {
@@ -113,8 +113,8 @@ impl Handler for Scripted {
 /// A source's connection to an engine, and what the engine does.
 struct Bench {
     source: TcpStream,
-    apps: mpsc::UnboundedReceiver<TcpStream>,
-    ends: mpsc::UnboundedReceiver<End>,
+    apps: mpsc::Receiver<TcpStream>,
+    ends: mpsc::Receiver<End>,
     handler: Rc<Scripted>,
     drain: Option<oneshot::Sender<()>>,
     served: JoinHandle<Result<(), ServeError>>,
@@ -123,8 +123,8 @@ struct Bench {
 impl Bench {
     async fn new(limits: Limits, retry_on: Vec<StatusCode>, decide: Decide) -> Bench {
         let (source, ours) = pair().await;
-        let (apps_in, apps) = mpsc::unbounded_channel();
-        let (ends_in, ends) = mpsc::unbounded_channel();
+        let (apps_in, apps) = mpsc::channel(1024);
+        let (ends_in, ends) = mpsc::channel(1024);
         let (drain, drained) = oneshot::channel::<()>();
         let handler = Rc::new(Scripted {
             decide,

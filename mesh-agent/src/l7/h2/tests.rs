@@ -63,10 +63,10 @@ type Decide = Box<dyn Fn(&dyn Request, Facts) -> Result<Forward, Reply>>;
 struct Scripted {
     decide: Decide,
     retry: bool,
-    seen: mpsc::UnboundedSender<Seen>,
+    seen: mpsc::Sender<Seen>,
     target: RefCell<Option<SendRequest<Bytes>>>,
     connections: Cell<u32>,
-    ends: mpsc::UnboundedSender<End>,
+    ends: mpsc::Sender<End>,
     decided: Cell<u32>,
     refused: RefCell<Vec<Fault>>,
 }
@@ -117,7 +117,7 @@ impl Handler for Scripted {
     }
 
     fn finish(&self, _: (), end: End) {
-        let _ = self.ends.send(end);
+        let _ = self.ends.try_send(end);
     }
 
     fn refused(&self, fault: Fault, _: Option<StatusCode>) {
@@ -126,14 +126,14 @@ impl Handler for Scripted {
 }
 
 /// Serves one connection; `number` tells the first from later ones.
-async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, number: u32) {
+async fn application(stream: TcpStream, seen: mpsc::Sender<Seen>, number: u32) {
     let mut connection = h2::server::handshake(stream).await.unwrap();
     while let Some(Ok((request, mut respond))) = connection.accept().await {
         let seen = seen.clone();
         tokio::task::spawn_local(async move {
             let (parts, mut body) = request.into_parts();
             let path = parts.uri.path().to_owned();
-            let _ = seen.send(Seen::Head(Box::new(parts)));
+            let _ = seen.try_send(Seen::Head(Box::new(parts)));
             let first = number == 0;
             match path.as_str() {
                 "/refuse" if first => respond.send_reset(Reason::REFUSED_STREAM),
@@ -154,7 +154,7 @@ async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, numbe
                 }
                 "/silent" => {
                     let reason = std::future::poll_fn(|cx| respond.poll_reset(cx)).await.unwrap();
-                    let _ = seen.send(Seen::Reset(reason));
+                    let _ = seen.try_send(Seen::Reset(reason));
                 }
                 "/cut" => {
                     let mut stream = respond.send_response(Response::new(()), false).unwrap();
@@ -167,7 +167,7 @@ async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, numbe
                     let mut stream = respond.send_response(Response::new(()), false).unwrap();
                     stream.send_data("half".into(), false).unwrap();
                     let reason = std::future::poll_fn(|cx| stream.poll_reset(cx)).await.unwrap();
-                    let _ = seen.send(Seen::Reset(reason));
+                    let _ = seen.try_send(Seen::Reset(reason));
                 }
                 "/flood" => {
                     let mut stream = respond.send_response(Response::new(()), false).unwrap();
@@ -182,7 +182,7 @@ async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, numbe
                     {
                         sent += piece.len();
                     }
-                    let _ = seen.send(Seen::BodyEnd(sent));
+                    let _ = seen.try_send(Seen::BodyEnd(sent));
                 }
                 // Echoes body and trailers.
                 _ => {
@@ -199,7 +199,7 @@ async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, numbe
                     }
                     let mut trailers = body.trailers().await.ok().flatten().unwrap_or_default();
                     trailers.insert("grpc-status", "0".parse().unwrap());
-                    let _ = seen.send(Seen::BodyEnd(bytes));
+                    let _ = seen.try_send(Seen::BodyEnd(bytes));
                     let _ = stream.send_trailers(trailers);
                 }
             }
@@ -209,8 +209,8 @@ async fn application(stream: TcpStream, seen: mpsc::UnboundedSender<Seen>, numbe
 
 struct Bench {
     source: SendRequest<Bytes>,
-    seen: mpsc::UnboundedReceiver<Seen>,
-    ends: mpsc::UnboundedReceiver<End>,
+    seen: mpsc::Receiver<Seen>,
+    ends: mpsc::Receiver<End>,
     handler: Rc<Scripted>,
     drain: Option<oneshot::Sender<()>>,
     served: JoinHandle<Result<(), ServeError>>,
@@ -220,8 +220,8 @@ struct Bench {
 impl Bench {
     async fn new(limits: Limits, retry: bool, decide: Decide) -> Bench {
         let (theirs, ours) = pair().await;
-        let (seen_in, seen) = mpsc::unbounded_channel();
-        let (ends_in, ends) = mpsc::unbounded_channel();
+        let (seen_in, seen) = mpsc::channel(1024);
+        let (ends_in, ends) = mpsc::channel(1024);
         let (drain, drained) = oneshot::channel::<()>();
         let handler = Rc::new(Scripted {
             decide,
