@@ -333,6 +333,13 @@ fn exchanges_are_passed_on_as_they_are() {
             "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nall\r\n0\r\n\r\n",
         ),
         (
+            "an HTTP/1.0 answer",
+            GET,
+            GET,
+            "HTTP/1.0 200 OK\r\nServer: old\r\nContent-Length: 2\r\n\r\nok$",
+            "HTTP/1.1 200 OK\r\nServer: old\r\ncontent-length: 2\r\n\r\nok",
+        ),
+        (
             "http/1.0 with keep-alive",
             "GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
             "GET / HTTP/1.1\r\nhost: \r\n\r\n",
