@@ -233,11 +233,15 @@ impl Demo {
             good && bank.contains("42"),
         );
         let (_, seen) = self.curl("shop/visitor", &["http://cart/address"])?;
-        let own = self.lab.pod_ip("shop/visitor")?.to_string();
+        let own = self.lab.pod("shop/visitor")?.addresses.map(|ip| ip.to_string());
         self.fact(
             "the application sees the true source address",
-            format!("visitor is {own}, nginx saw {}", seen.trim()),
-            seen.starts_with(&own),
+            format!(
+                "visitor is {}, nginx saw {} and its port",
+                own.join(" and "),
+                seen.trim()
+            ),
+            own.iter().any(|ip| seen.starts_with(&format!("{ip} "))),
         );
         Ok(())
     }
@@ -386,7 +390,16 @@ impl Demo {
         let before = self.counted("mesh_requests_total", &labels)?;
         let result = self.run_load(
             "shop/visitor",
-            &["http", "http://catalog/", "--rate", "200", "--seconds", "3"],
+            &[
+                "http",
+                "http://catalog/",
+                "--rate",
+                "200",
+                "--connections",
+                "8",
+                "--seconds",
+                "3",
+            ],
         )?;
         let after = self.counted("mesh_requests_total", &labels)?;
         let count = |status: &str| result["statuses"][status].as_u64().unwrap_or(0);
