@@ -97,7 +97,7 @@ impl Arrival {
         let policy = view.inbound(self.pod.name(), self.local.port());
         let destination = self.pod.workload();
         let ends = names::Ends {
-            source: source.map(|workload| &**workload),
+            source,
             destination: Some(&destination),
             service: policy.services.first().map(|service| &**service),
             security,
@@ -132,12 +132,20 @@ impl Arrival {
         let (Accepted::Http(_, peer) | Accepted::Flow(_, peer)) = &accepted;
         if let Err(refusal) = self.verify(peer).await {
             let view = self.worker.shared.view.load();
-            match accepted {
-                Accepted::Http(transport, _) => transport.set_linger_reset(),
-                Accepted::Flow(flows, _) => flows.close(),
-            }
-            let mut record = self.record(&view, ConnectionSecurity::MutualTls);
+            let claimed = match accepted {
+                Accepted::Http(transport, claimed) => {
+                    transport.set_linger_reset();
+                    claimed
+                }
+                Accepted::Flow(flows, claimed) => {
+                    flows.close();
+                    claimed
+                }
+            };
+            // The workload at this address proved nothing, whatever the certificate says of another one.
+            let mut record = self.record(&view, ConnectionSecurity::Unknown);
             record.set_rule(Denial::of(refusal).rule, view.revision());
+            record.set_error(&format_args!("the certificate is of {}", claimed.spiffe));
             return record.close(Outcome::Refused(refusal));
         }
         self.identity = Some(peer.spiffe.clone());

@@ -27,9 +27,9 @@ pub struct Ends<'a> {
     /// Whose record it is.
     pub reporter: Reporter,
     /// Whence.
-    pub source: Option<&'a Workload>,
+    pub source: Option<&'a Arc<Workload>>,
     /// Whither.
-    pub destination: Option<&'a Workload>,
+    pub destination: Option<&'a Arc<Workload>>,
     /// The service that was asked for.
     pub service: Option<&'a Service>,
     /// How it was protected.
@@ -55,7 +55,8 @@ impl Ends<'_> {
 
     /// The labels.
     pub fn parties(&self) -> Parties {
-        Parties::of(self.reporter, self.source, self.destination, self.service, self.security)
+        let (source, destination) = (self.source.map(|w| &**w), self.destination.map(|w| &**w));
+        Parties::of(self.reporter, source, destination, self.service, self.security)
     }
 }
 
@@ -94,6 +95,7 @@ pub fn connection(
     let mut record = events.connection(events.parties(ends.parties()), Protocol::Tcp);
     record.set_revision(view.revision());
     record.set_addresses(source, destination);
+    record.set_workloads(ends.source, ends.destination);
     record
 }
 

@@ -339,12 +339,16 @@ impl Flow<'_> {
         let source = self.pod.workload();
         let ends = names::Ends {
             source: Some(&source),
-            destination: endpoint.map(|endpoint| &*endpoint.workload),
+            destination: endpoint.map(|endpoint| &endpoint.workload),
             service: self.service(),
             security,
             ..names::Ends::at_source()
         };
-        names::connection(self.worker, &self.view, &ends, self.source, self.original_destination)
+        let mut record = names::connection(self.worker, &self.view, &ends, self.source, self.original_destination);
+        if let Some(endpoint) = endpoint {
+            record.set_endpoint(endpoint.address);
+        }
+        record
     }
 
     /// The destination's record of a flow that stays on this node.
@@ -352,7 +356,7 @@ impl Flow<'_> {
         let source = self.pod.workload();
         let ends = names::Ends {
             source: Some(&source),
-            destination: self.view.workload(&local.name).map(|workload| &**workload),
+            destination: self.view.workload(&local.name),
             service: self.service(),
             security: ConnectionSecurity::SameNode,
             ..names::Ends::at_destination()

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 
 use super::TargetStream;
-use crate::{drain::Drain, event::Refusal};
+use crate::{drain::Drain, event::Refusal, l7};
 
 /// Connections that are kept for one source's connection.
 const CONNECTIONS_MAX: usize = 8;
@@ -41,9 +41,7 @@ impl Http2Targets {
         stream: TargetStream,
         drain: &Drain,
     ) -> Result<SendRequest<Bytes>, Refusal> {
-        let (send, connection) = h2::client::Builder::new()
-            .initial_window_size(1024 * 1024)
-            .initial_connection_window_size(4 * 1024 * 1024)
+        let (send, connection) = l7::h2::client_builder()
             .handshake::<_, Bytes>(stream)
             .await
             .map_err(|_| Refusal::DestinationClosed)?;

@@ -98,7 +98,7 @@ impl RequestsIn {
             let policy = view.inbound(self.arrival.pod.name(), self.arrival.local.port());
             let destination = self.arrival.pod.workload();
             let ends = names::Ends {
-                source: source.map(|workload| &**workload),
+                source,
                 destination: Some(&destination),
                 service: policy.services.first().map(|service| &**service),
                 security: self.security,
@@ -119,6 +119,8 @@ impl RequestsIn {
         };
         let mut record = shared.events.request(self.parties(&view), protocol);
         names::fill(&mut record, &view, request, self.arrival.source, self.arrival.local);
+        let source = view.workload_by_address(self.arrival.source.ip());
+        record.set_workloads(source, Some(&self.arrival.pod.workload()));
         let attributes = self.arrival.attributes();
         match judge::request(&policy, &attributes, request, &shared.traffic, self.worker().now()) {
             Ok(permit) => {

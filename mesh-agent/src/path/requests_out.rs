@@ -139,7 +139,7 @@ impl RequestsOut {
             let source = self.pod.workload();
             let ends = names::Ends {
                 source: Some(&source),
-                destination: destination.map(|endpoint| &*endpoint.workload),
+                destination: destination.map(|endpoint| &endpoint.workload),
                 service: self.service(),
                 security,
                 ..base
@@ -165,15 +165,27 @@ impl RequestsOut {
         let parties = self.parties(endpoint, security, twin);
         let mut record = self.worker.shared.events.request(parties, protocol);
         names::fill(&mut record, view, request, self.source, self.original_destination);
+        record.set_workloads(Some(&self.pod.workload()), endpoint.map(|endpoint| &endpoint.workload));
+        if let Some(endpoint) = endpoint {
+            record.set_endpoint(endpoint.address);
+        }
         record
     }
 
-    fn reply(&self, view: &View, mut record: RequestRecord, denial: Denial) -> Verdict<Exchange> {
-        record.set_rule(denial.rule.clone(), view.revision());
+    fn reply(
+        &self,
+        view: &View,
+        mut record: RequestRecord,
+        mut twin: Option<RequestRecord>,
+        denial: Denial,
+    ) -> Verdict<Exchange> {
+        for record in twin.iter_mut().chain([&mut record]) {
+            record.set_rule(denial.rule.clone(), view.revision());
+        }
         let reply = replies::refusal(denial.refusal, denial.retry_after);
         Verdict::Reply(
             reply,
-            Exchange { record, twin: None, plan: None, refusal: Some(denial.refusal), failed: false },
+            Exchange { record, twin, plan: None, refusal: Some(denial.refusal), failed: false },
         )
     }
 
@@ -194,7 +206,7 @@ impl RequestsOut {
     fn plan(&self, request: &dyn Request, facts: Facts) -> Verdict<Exchange> {
         let view = self.worker.shared.view.load();
         let nowhere =
-            |denial| self.reply(&view, self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false), denial);
+            |denial| self.reply(&view, self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false), None, denial);
         // The newest view counts, not that of the connection's first request.
         let port = match &self.wanted {
             Wanted::Service(port) => match view.service(&port.service.name).and_then(|s| s.port(port.port.port)) {
@@ -268,23 +280,17 @@ impl RequestsOut {
         }
         let way = match way {
             Ok(way) => way,
-            Err(refusal) => return self.reply(&view, record, Denial::of(refusal)),
+            Err(refusal) => return self.reply(&view, record, None, Denial::of(refusal)),
         };
         let mut twin = matches!(way, Way::Local(..))
             .then(|| self.record(&view, request, facts, Some(&endpoint), security, true));
         let permit = match self.judge(&way, request) {
             Ok(permit) => permit,
             Err(denial) => {
-                if let Some(mut twin) = twin.take() {
-                    twin.set_rule(denial.rule.clone(), view.revision());
-                    let status = denial.refusal.http_status().unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-                    twin.set_status(status.as_u16());
-                    twin.close(Outcome::Refused(denial.refusal));
-                }
                 if let Some(picked) = picked {
                     picked.report(Report::Success, self.worker.now());
                 }
-                return self.reply(&view, record, denial);
+                return self.reply(&view, record, twin, denial);
             }
         };
         if let (Some(twin), Some(permit)) = (&mut twin, &permit) {
@@ -396,7 +402,7 @@ impl RequestsOut {
         attempt: Attempt,
         mut dial: impl AsyncFnMut(&RequestsOut, &mut Plan, bool) -> Result<T, Refusal>,
     ) -> Result<T, Reply> {
-        let Exchange { plan: Some(plan), refusal, twin, .. } = exchange else {
+        let Exchange { record, plan: Some(plan), refusal, twin, .. } = exchange else {
             return Err(replies::refusal(Refusal::Internal, None));
         };
         let revision = plan.view.revision();
@@ -421,6 +427,7 @@ impl RequestsOut {
             }
         }
         loop {
+            record.attempt();
             match dial(self, plan, attempt == Attempt::Fresh).await {
                 Ok(target) => {
                     if let Some(connection) = &mut plan.connection {
@@ -613,7 +620,13 @@ impl Handler for RequestsOut {
     }
 
     fn finish(&self, exchange: Exchange, end: End) {
-        let Exchange { record, twin, plan, refusal, failed } = exchange;
+        let Exchange { mut record, mut twin, plan, refusal, failed } = exchange;
+        if let Some(plan) = &plan {
+            // A retry may have gone elsewhere than was planned.
+            for record in twin.iter_mut().chain([&mut record]) {
+                record.set_endpoint(plan.endpoint.address);
+            }
+        }
         if let Some(picked) = plan.and_then(|plan| plan.picked) {
             let fault = matches!(
                 end.fault,
