@@ -400,6 +400,15 @@ const DESTINATION_KEYS: [&str; 5] = [
 /// A JSON string. Text from peers comes through here: no control byte may reach the line as it is.
 fn quote(line: &mut String, text: &str) {
     line.push('"');
+    // Nearly every text is plain ASCII and goes in one piece.
+    if text
+        .bytes()
+        .all(|b| (b' '..=b'~').contains(&b) && b != b'"' && b != b'\\')
+    {
+        line.push_str(text);
+        line.push('"');
+        return;
+    }
     for c in text.chars() {
         match c {
             '"' => line.push_str("\\\""),

@@ -196,8 +196,10 @@ pub struct Table {
 /// from being used for another value while it is a key here.
 struct Shortcut {
     set: Weak<PartySet>,
-    _pins: (Option<Weak<Workload>>, Option<Weak<Workload>>, Option<Weak<Service>>),
+    _pins: Pins,
 }
+
+type Pins = (Option<Weak<Workload>>, Option<Weak<Workload>>, Option<Weak<Service>>);
 
 type ShortcutKey = (u64, Reporter, ConnectionSecurity, usize, usize, usize);
 

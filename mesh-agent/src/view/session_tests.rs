@@ -48,6 +48,8 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
+/// What the controller saw and its test has not looked at yet.
+const SEEN_MAX: usize = 256;
 const TOKEN: &str = "nmj1.right.token";
 
 /// What the scripted controller saw.
@@ -62,7 +64,7 @@ type Outgoing = mpsc::Sender<Result<ControllerMessage, Status>>;
 
 struct Script {
     ca: Arc<TestCa>,
-    saw: mpsc::UnboundedSender<Saw>,
+    saw: mpsc::Sender<Saw>,
     /// How long before now the certificates of nodes begin.
     age: Duration,
 }
@@ -110,7 +112,7 @@ impl Control for Script {
             csr_der,
         } = request.into_inner();
         let allowed = join_token == TOKEN || (join_token.is_empty() && with_certificate);
-        let _ = self.saw.send(Saw::Joined {
+        let _ = self.saw.try_send(Saw::Joined {
             token: join_token,
             with_certificate,
         });
@@ -161,10 +163,10 @@ impl Control for Script {
         let mut incoming = request.into_inner();
         let (outgoing, messages) = mpsc::channel(16);
         let saw = self.saw.clone();
-        let _ = saw.send(Saw::Stream(outgoing));
+        let _ = saw.try_send(Saw::Stream(outgoing));
         tokio::spawn(async move {
             while let Ok(Some(message)) = incoming.message().await {
-                let _ = saw.send(Saw::Said(Report::try_from(message).unwrap()));
+                let _ = saw.try_send(Saw::Said(Report::try_from(message).unwrap()));
             }
         });
         Ok(Response::new(ReceiverStream::new(messages)))
@@ -175,7 +177,7 @@ impl Control for Script {
 struct FakeController {
     ca: Arc<TestCa>,
     address: SocketAddr,
-    saw: mpsc::UnboundedReceiver<Saw>,
+    saw: mpsc::Receiver<Saw>,
     serving: JoinHandle<()>,
 }
 
@@ -202,7 +204,7 @@ impl FakeController {
             .await
             .unwrap();
         let address = listener.local_addr().unwrap();
-        let (sender, saw) = mpsc::unbounded_channel();
+        let (sender, saw) = mpsc::channel(SEEN_MAX);
         let script = Script {
             ca: ca.clone(),
             saw: sender,
