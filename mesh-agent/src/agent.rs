@@ -58,7 +58,9 @@ async fn serve(config: AgentConfig) -> Result<()> {
         debug: config.kernel.debug,
     });
     let kernel = Arc::new(kernel.context("attaching the kernel programs")?);
-    events.emit(Event::KernelAttached { reused: kernel.resumed() });
+    events.emit(Event::KernelAttached {
+        reused: kernel.resumed(),
+    });
 
     let sync = ViewSync::open(
         SyncConfig {
@@ -89,8 +91,9 @@ async fn serve(config: AgentConfig) -> Result<()> {
         config: config.path,
     });
     let workers = receivers.into_iter().enumerate();
-    let workers: io::Result<Vec<_>> =
-        workers.map(|(index, commands)| capture::start(index, shared.clone(), commands)).collect();
+    let workers: io::Result<Vec<_>> = workers
+        .map(|(index, commands)| capture::start(index, shared.clone(), commands))
+        .collect();
     let workers = workers.context("starting the workers")?;
 
     let (wanted_out, wanted_in) = watch::channel(BTreeSet::new());
@@ -121,7 +124,9 @@ async fn serve(config: AgentConfig) -> Result<()> {
         statuses: pods_out,
     };
     let keeping = tokio::task::spawn_local(keeper.run());
-    events.emit(Event::Started { version: env!("CARGO_PKG_VERSION") });
+    events.emit(Event::Started {
+        version: env!("CARGO_PKG_VERSION"),
+    });
 
     tokio::select! {
         _ = interrupt.recv() => {}
@@ -139,7 +144,8 @@ async fn serve(config: AgentConfig) -> Result<()> {
     for task in [control, issuing, answering] {
         task.abort();
     }
-    let joined = tokio::task::spawn_blocking(move || workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>());
+    let joined =
+        tokio::task::spawn_blocking(move || workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>());
     for worker in joined.await? {
         match worker {
             Ok(ended) => ended.context("a worker")?,
@@ -168,9 +174,21 @@ fn admin(
             let uncaptured = pods.borrow().iter().filter(|pod| pod.enrolled && !pod.captured).count();
             let revision = view.peek().revision();
             vec![
-                Check { name: "view", ready: revision.0 > 0, detail: format!("revision {revision}") },
-                Check { name: "pods", ready: uncaptured == 0, detail: format!("{uncaptured} not captured") },
-                Check { name: "serving", ready: !drain.is_draining(), detail: health.last_failure() },
+                Check {
+                    name: "view",
+                    ready: revision.0 > 0,
+                    detail: format!("revision {revision}"),
+                },
+                Check {
+                    name: "pods",
+                    ready: uncaptured == 0,
+                    detail: format!("{uncaptured} not captured"),
+                },
+                Check {
+                    name: "serving",
+                    ready: !drain.is_draining(),
+                    detail: health.last_failure(),
+                },
             ]
         })
         .page("/debug/view", move || admin::view_page(&views.load()))
@@ -223,14 +241,18 @@ impl Keeper {
             // Before there is a view nothing is known, and what an earlier agent captured stays captured.
             if view.revision().0 > 0 {
                 let here: Vec<Arc<Workload>> = view.workloads_on(&self.node).cloned().collect();
-                let wanted: BTreeSet<SpiffeId> =
-                    here.iter().filter(|workload| workload.enrolled).map(|workload| workload.identity.clone()).collect();
+                let wanted: BTreeSet<SpiffeId> = here
+                    .iter()
+                    .filter(|workload| workload.enrolled)
+                    .map(|workload| workload.identity.clone())
+                    .collect();
                 self.wanted.send_if_modified(|now| {
                     let changed = *now != wanted;
                     *now = wanted;
                     changed
                 });
-                self.traffic.retain(view.backends().map(|backend| &**backend), view.limits());
+                self.traffic
+                    .retain(view.backends().map(|backend| &**backend), view.limits());
                 self.pods.reconcile(&here).await;
                 self.tell();
             }
@@ -269,7 +291,10 @@ impl Keeper {
             expires: self.credentials.get(identity).map(|credential| credential.expires()),
             problem: String::new(),
         });
-        let report = AgentReport { pods: pods.collect(), certificates: certificates.collect() };
+        let report = AgentReport {
+            pods: pods.collect(),
+            certificates: certificates.collect(),
+        };
         self.report.send_if_modified(|now| {
             let changed = *now != report;
             *now = report;
@@ -280,31 +305,49 @@ impl Keeper {
 }
 
 /// The gauges that belong to no traffic.
-fn add_sources(
-    events: &Arc<Events>,
-    kernel: &Arc<Kernel>,
-    credentials: &Arc<CredentialStore>,
-    traffic: &Arc<Traffic>,
-) {
+fn add_sources(events: &Arc<Events>, kernel: &Arc<Kernel>, credentials: &Arc<CredentialStore>, traffic: &Arc<Traffic>) {
     let kernel = kernel.clone();
     events.add_source(Box::new(move |samples: &mut Samples| {
         for gauge in kernel.gauges() {
             let map = [("map", gauge.map.into())];
-            samples.gauge("nodemesh_agent_map_entries", "Entries of a kernel map", map.clone(), gauge.entries as f64);
-            samples.gauge("nodemesh_agent_map_entries_max", "The bound of a kernel map", map, gauge.max as f64);
+            samples.gauge(
+                "nodemesh_agent_map_entries",
+                "Entries of a kernel map",
+                map.clone(),
+                gauge.entries as f64,
+            );
+            samples.gauge(
+                "nodemesh_agent_map_entries_max",
+                "The bound of a kernel map",
+                map,
+                gauge.max as f64,
+            );
         }
         for count in kernel.reasons().unwrap_or_default() {
             let reason = [("reason", count.reason.name().into())];
-            samples.counter("nodemesh_agent_kernel_verdicts", "Verdicts of the kernel programs", reason, count.count);
+            samples.counter(
+                "nodemesh_agent_kernel_verdicts",
+                "Verdicts of the kernel programs",
+                reason,
+                count.count,
+            );
         }
     }));
     let credentials = credentials.clone();
     events.add_source(Box::new(move |samples: &mut Samples| {
         for credential in credentials.all() {
-            let expires = credential.expires().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            let expires = credential
+                .expires()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap_or_default();
             let identity = [("identity", credential.identity().to_string().into())];
             let help = "When a workload's certificate expires, in seconds since 1970";
-            samples.gauge("nodemesh_agent_certificate_expiry_seconds", help, identity, expires.as_secs_f64());
+            samples.gauge(
+                "nodemesh_agent_certificate_expiry_seconds",
+                help,
+                identity,
+                expires.as_secs_f64(),
+            );
         }
     }));
     let traffic = traffic.clone();
@@ -322,7 +365,12 @@ fn add_sources(
             let help = "A circuit breaker: 0 closed, 1 half open, 2 open";
             samples.gauge("nodemesh_agent_breaker_state", help, labels.clone(), state);
             let help = "Requests in flight to an endpoint";
-            samples.gauge("nodemesh_agent_endpoint_requests", help, labels, f64::from(endpoint.active));
+            samples.gauge(
+                "nodemesh_agent_endpoint_requests",
+                help,
+                labels,
+                f64::from(endpoint.active),
+            );
         }
     }));
 }

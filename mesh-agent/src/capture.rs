@@ -44,13 +44,15 @@ pub fn start(
     shared: Arc<Shared>,
     commands: mpsc::Receiver<WorkerCommand>,
 ) -> io::Result<JoinHandle<io::Result<()>>> {
-    std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let local = tokio::task::LocalSet::new();
-        local.block_on(&runtime, run(shared, commands));
-        // Connections that outlive the drain's patience end with the runtime.
-        Ok(())
-    })
+    std::thread::Builder::new()
+        .name(format!("worker-{index}"))
+        .spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let local = tokio::task::LocalSet::new();
+            local.block_on(&runtime, run(shared, commands));
+            // Connections that outlive the drain's patience end with the runtime.
+            Ok(())
+        })
 }
 
 async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
@@ -61,7 +63,9 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
     while let Some(command) = commands.recv().await {
         match command {
             WorkerCommand::Serve(listeners) => {
-                let stop = serving.entry(listeners.pod.cookie()).or_insert_with(|| watch::Sender::new(false));
+                let stop = serving
+                    .entry(listeners.pod.cookie())
+                    .or_insert_with(|| watch::Sender::new(false));
                 if *stop.borrow() {
                     // The pod was retired and came back: the old acceptors end, new ones get a signal of their own.
                     *stop = watch::Sender::new(false);
@@ -87,7 +91,12 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
 
 /// Accepts on all of a pod's listeners until `stop` says that the pod is retired.
 fn serve(worker: &Rc<Worker>, listeners: PodListeners, stop: watch::Receiver<bool>) {
-    let PodListeners { pod, outbound, inbound, serving } = listeners;
+    let PodListeners {
+        pod,
+        outbound,
+        inbound,
+        serving,
+    } = listeners;
     let all = outbound
         .into_iter()
         .map(|listener| (listener, Direction::Outbound))
@@ -173,10 +182,18 @@ fn captured(
         return Err(Refusal::OriginalDestinationMissing);
     };
     let original_destination = SocketAddr::new(original.ip().to_canonical(), original.port());
-    Ok(Captured { stream, pod, source, original_destination })
+    Ok(Captured {
+        stream,
+        pod,
+        source,
+        original_destination,
+    })
 }
 
 /// Whether the process, not the connection, is what is wrong.
 fn is_exhaustion(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
+    )
 }

@@ -108,9 +108,19 @@ impl Worker {
     /// A worker without listeners.
     pub fn new(shared: Arc<Shared>) -> Rc<Worker> {
         let clock = SystemClock;
-        let pool = PoolConfig { dial_timeout: shared.config.dial_timeout, ..PoolConfig::default() };
+        let pool = PoolConfig {
+            dial_timeout: shared.config.dial_timeout,
+            ..PoolConfig::default()
+        };
         let tunnels = Pool::new(pool, shared.credentials.clone(), Arc::new(clock));
-        Rc::new(Worker { shared, tunnels, clock, open: Cell::new(0), free: tokio::sync::Notify::new(), speaks_first: RefCell::default() })
+        Rc::new(Worker {
+            shared,
+            tunnels,
+            clock,
+            open: Cell::new(0),
+            free: tokio::sync::Notify::new(),
+            speaks_first: RefCell::default(),
+        })
     }
 
     /// Waits until the worker may take another connection.

@@ -223,11 +223,18 @@ impl<S: Signer> Issuer<S> {
                 keep.remove(&left);
             }
         }
-        let (Some(keep), Some(bundle)) = (&self.keep, &self.bundle) else { return };
-        let missing = identities.iter().filter(|identity| self.store.get(identity).is_none()).cloned().collect();
+        let (Some(keep), Some(bundle)) = (&self.keep, &self.bundle) else {
+            return;
+        };
+        let missing = identities
+            .iter()
+            .filter(|identity| self.store.get(identity).is_none())
+            .cloned()
+            .collect();
         for credential in keep.load(&missing, bundle, now) {
             let (from, until) = (credential.not_before(), credential.expires());
-            self.schedule.issued(credential.identity(), from, until, now, rand::random());
+            self.schedule
+                .issued(credential.identity(), from, until, now, rand::random());
             self.store.put(credential);
         }
     }
@@ -344,11 +351,21 @@ mod tests {
         keep.save(&id("a"), &pending.key.serialize_der(), &chain).unwrap();
 
         let good = keep.load(&set(&["a", "b"]), &ca.bundle(), now);
-        assert_eq!(good.iter().map(|credential| credential.identity().clone()).collect::<Vec<_>>(), [id("a")]);
+        assert_eq!(
+            good.iter()
+                .map(|credential| credential.identity().clone())
+                .collect::<Vec<_>>(),
+            [id("a")]
+        );
         // Expired, of another authority, cut short, or gone: nothing.
         assert!(keep.load(&set(&["a"]), &ca.bundle(), now + HOUR * 2).is_empty());
         assert!(keep.load(&set(&["a"]), &TestCa::new().bundle(), now).is_empty());
-        let file = std::fs::read_dir(directory.path().join("credentials")).unwrap().next().unwrap().unwrap().path();
+        let file = std::fs::read_dir(directory.path().join("credentials"))
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path();
         let whole = std::fs::read(&file).unwrap();
         std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
         assert!(keep.load(&set(&["a"]), &ca.bundle(), now).is_empty());

@@ -43,7 +43,10 @@ impl Keep {
     }
 
     fn file(&self, identity: &SpiffeId) -> PathBuf {
-        let name: String = Sha256::digest(identity.as_str()).iter().map(|byte| format!("{byte:02x}")).collect();
+        let name: String = Sha256::digest(identity.as_str())
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         self.0.join(name)
     }
 
@@ -56,7 +59,12 @@ impl Keep {
         };
         let file = self.file(identity);
         let beside = file.with_extension("new");
-        let mut out = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        let mut out = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&beside)?;
         out.write_all(&serde_json::to_vec(&kept)?)?;
         out.sync_all()?;
         fs::rename(&beside, &file)?;

@@ -65,15 +65,30 @@ pub struct Arrival {
 
 /// Serves a steered connection to its end.
 pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
-    let Captured { stream, pod, source, original_destination } = captured;
-    let arrival = Arrival { worker: worker.clone(), pod, local: original_destination, source, identity: None };
+    let Captured {
+        stream,
+        pod,
+        source,
+        original_destination,
+    } = captured;
+    let arrival = Arrival {
+        worker: worker.clone(),
+        pod,
+        local: original_destination,
+        source,
+        identity: None,
+    };
     let view = worker.shared.view.load();
     let policy = view.inbound(arrival.pod.name(), arrival.local.port());
     let config = &worker.shared.config;
 
     let mut first = BytesMut::new();
     // Under strict mutual TLS only a tunnel can follow, so silence is a handshake that does not begin.
-    let silence = if policy.mtls == MtlsMode::Strict { config.handshake_timeout } else { config.silence };
+    let silence = if policy.mtls == MtlsMode::Strict {
+        config.handshake_timeout
+    } else {
+        config.silence
+    };
     let sniffed = match sniff::read_first(&stream, &mut first, silence, config.handshake_timeout).await {
         Ok(sniffed) => sniffed,
         Err(_) => return arrival.refuse(&view, stream, &Denial::of(Refusal::SourceClosed)),
@@ -88,7 +103,11 @@ pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
 impl Arrival {
     /// The source as policy sees it.
     pub fn attributes(&self) -> SourceAttributes<'_> {
-        SourceAttributes { identity: self.identity.as_ref(), address: self.source.ip(), port: self.source.port() }
+        SourceAttributes {
+            identity: self.identity.as_ref(),
+            address: self.source.ip(),
+            port: self.source.port(),
+        }
     }
 
     /// A record of this connection, or of one flow of it.
@@ -126,7 +145,9 @@ impl Arrival {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::debug!(error = &error as &dyn std::error::Error, source = %self.source, "no tunnel");
-                return self.record(view, ConnectionSecurity::None).close(Outcome::Refused(accept_refusal(&error)));
+                return self
+                    .record(view, ConnectionSecurity::None)
+                    .close(Outcome::Refused(accept_refusal(&error)));
             }
         };
         let (Accepted::Http(_, peer) | Accepted::Flow(_, peer)) = &accepted;
@@ -160,7 +181,10 @@ impl Arrival {
     async fn verify(&self, peer: &PeerIdentity) -> Result<(), Refusal> {
         let ip = self.source.ip();
         let shared = &self.worker.shared;
-        let known = |view: &View| view.workload_by_address(ip).is_some_and(|workload| workload.identity == peer.spiffe);
+        let known = |view: &View| {
+            view.workload_by_address(ip)
+                .is_some_and(|workload| workload.identity == peer.spiffe)
+        };
         if known(&shared.view.load()) {
             return Ok(());
         }
@@ -205,8 +229,11 @@ impl Arrival {
             };
             record.set_rule(permit.rule().clone(), permit.revision());
             record.established();
-            let Ok(flow) = offer.accept() else { return record.close(Outcome::SourceReset) };
-            self.relay(record, flow, TargetStream::new(Kind::App(app)), (0, 0)).await;
+            let Ok(flow) = offer.accept() else {
+                return record.close(Outcome::SourceReset);
+            };
+            self.relay(record, flow, TargetStream::new(Kind::App(app)), (0, 0))
+                .await;
         }
     }
 
@@ -287,13 +314,7 @@ impl Arrival {
         self.relay(record, stream, app, said).await;
     }
 
-    async fn relay(
-        &self,
-        mut record: ConnRecord,
-        source: impl Duplex,
-        app: TargetStream,
-        said: (u64, u64),
-    ) {
+    async fn relay(&self, mut record: ConnRecord, source: impl Duplex, app: TargetStream, said: (u64, u64)) {
         let permit_lost = |view: &View| {
             let policy = view.inbound(self.pod.name(), self.local.port());
             judge::flow(&policy, &self.attributes()).is_err()

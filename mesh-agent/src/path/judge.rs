@@ -28,7 +28,11 @@ pub struct Denial {
 impl Denial {
     /// A refusal by the mesh itself.
     pub fn of(refusal: Refusal) -> Denial {
-        Denial { refusal, rule: RuleId::constant(refusal.name()), retry_after: None }
+        Denial {
+            refusal,
+            rule: RuleId::constant(refusal.name()),
+            retry_after: None,
+        }
     }
 
     fn access(denied: Denied, refusal: Refusal) -> Denial {
@@ -37,7 +41,11 @@ impl Denial {
             DenyReason::UnknownWorkload => Refusal::UnknownDestination,
             DenyReason::DenyRule | DenyReason::NoAllowRule => refusal,
         };
-        Denial { refusal, rule: denied.rule, retry_after: None }
+        Denial {
+            refusal,
+            rule: denied.rule,
+            retry_after: None,
+        }
     }
 }
 
@@ -47,11 +55,7 @@ pub fn flow(policy: &InboundPolicy, source: &SourceAttributes<'_>) -> Result<Per
 }
 
 /// Judges a request by who may do what, and takes no token.
-pub fn access(
-    policy: &InboundPolicy,
-    source: &SourceAttributes<'_>,
-    request: &dyn Request,
-) -> Result<Permit, Denial> {
+pub fn access(policy: &InboundPolicy, source: &SourceAttributes<'_>, request: &dyn Request) -> Result<Permit, Denial> {
     match authz::decide(policy, source, Some(request)) {
         Decision::Permit(permit) => Ok(permit),
         Decision::Denied(denied) => Err(Denial::access(denied, Refusal::AccessDeniedRequest)),
@@ -70,13 +74,18 @@ pub fn request(
 ) -> Result<Permit, Denial> {
     let permit = access(policy, source, request)?;
     if !policy.limits.is_empty() {
-        let limit_source = LimitSource { identity: source.identity, address: source.address };
+        let limit_source = LimitSource {
+            identity: source.identity,
+            address: source.address,
+        };
         let shadowed = |rule: &RuleId| tracing::info!(%rule, "rate limit in shadow mode would refuse");
-        traffic.limit(policy.limits.iter(), limit_source, request, now, shadowed).map_err(|limited| Denial {
-            refusal: Refusal::RateLimited,
-            rule: limited.rule,
-            retry_after: Some(limited.retry_after),
-        })?;
+        traffic
+            .limit(policy.limits.iter(), limit_source, request, now, shadowed)
+            .map_err(|limited| Denial {
+                refusal: Refusal::RateLimited,
+                rule: limited.rule,
+                retry_after: Some(limited.retry_after),
+            })?;
     }
     Ok(permit)
 }

@@ -50,7 +50,10 @@ impl Ends<'_> {
 
     /// Nothing known yet, told by the destination's side.
     pub fn at_destination() -> Ends<'static> {
-        Ends { reporter: Reporter::Destination, ..Ends::at_source() }
+        Ends {
+            reporter: Reporter::Destination,
+            ..Ends::at_source()
+        }
     }
 
     /// The labels.
@@ -115,7 +118,11 @@ pub fn fill(
 /// The ids that join the lines of one request at both sides: those that it goes on with.
 pub fn trace(record: &mut RequestRecord, request: &dyn Request, standard: &Standard) {
     let came = request.header("traceparent").and_then(TraceParent::parse);
-    let trace = standard.trace.or(came).map(|context| format!("{:032x}", context.trace)).unwrap_or_default();
+    let trace = standard
+        .trace
+        .or(came)
+        .map(|context| format!("{:032x}", context.trace))
+        .unwrap_or_default();
     let id = match &standard.request_id {
         Some(id) => id.as_str(),
         None => request.header("x-request-id").unwrap_or_default(),

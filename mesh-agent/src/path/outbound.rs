@@ -96,7 +96,12 @@ struct Local {
 /// Serves a captured connection to its end.
 pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
     let view = worker.shared.view.load();
-    let Captured { mut stream, pod, source, original_destination } = captured;
+    let Captured {
+        mut stream,
+        pod,
+        source,
+        original_destination,
+    } = captured;
     let wanted = match view.destination(original_destination) {
         Destination::ServicePort(port) => Wanted::Service(port),
         Destination::Workload(endpoint) => Wanted::Workload(endpoint),
@@ -112,7 +117,14 @@ pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
             return record.close(Outcome::Refused(Refusal::NoEndpoint));
         }
     };
-    let flow = Flow { worker, view, pod, source, original_destination, wanted };
+    let flow = Flow {
+        worker,
+        view,
+        pod,
+        source,
+        original_destination,
+        wanted,
+    };
 
     let mut first = BytesMut::new();
     let speaks = match flow.protocol(&mut stream, &mut first).await {
@@ -152,11 +164,13 @@ impl Flow<'_> {
             AppProtocol::Http1 | AppProtocol::Http2 | AppProtocol::Grpc => {
                 // A pooled connection may wait long for its first request.
                 let idle = crate::l7::Limits::default().idle_timeout;
-                return Ok(match sniff::read_first(stream, first, idle, config.handshake_timeout).await? {
-                    Sniffed::Known(Sniff::Http2) => Speaks::Http2,
-                    Sniffed::Known(_) => Speaks::Http1,
-                    Sniffed::Silent | Sniffed::Closed => Speaks::Nothing,
-                });
+                return Ok(
+                    match sniff::read_first(stream, first, idle, config.handshake_timeout).await? {
+                        Sniffed::Known(Sniff::Http2) => Speaks::Http2,
+                        Sniffed::Known(_) => Speaks::Http1,
+                        Sniffed::Silent | Sniffed::Closed => Speaks::Nothing,
+                    },
+                );
             }
             AppProtocol::Detect => {}
         }
@@ -203,7 +217,13 @@ impl Flow<'_> {
     }
 
     async fn requests(self, stream: TcpStream, first: BytesMut, http2: bool) {
-        let handler = RequestsOut::new(self.worker.clone(), self.pod, self.source, self.original_destination, self.wanted);
+        let handler = RequestsOut::new(
+            self.worker.clone(),
+            self.pod,
+            self.source,
+            self.original_destination,
+            self.wanted,
+        );
         requests_out::serve(handler, stream, first, http2).await;
     }
 
@@ -256,7 +276,10 @@ impl Flow<'_> {
 
     /// Picks an endpoint and goes there; another one when it cannot be reached.
     async fn dial(&self, confirm: bool) -> Result<Dialed, FlowRefused> {
-        let refused = |refusal| FlowRefused { denial: Denial::of(refusal), endpoint: None };
+        let refused = |refusal| FlowRefused {
+            denial: Denial::of(refusal),
+            endpoint: None,
+        };
         let timeout = self.worker.shared.config.dial_timeout;
         match &self.wanted {
             Wanted::Outside(address) => {
@@ -269,21 +292,34 @@ impl Flow<'_> {
     }
 
     async fn dial_backend(&self, backend: &Backend, confirm: bool) -> Result<Dialed, FlowRefused> {
-        let refused = |rejection| FlowRefused { denial: Denial::of(rejection_refusal(rejection)), endpoint: None };
+        let refused = |rejection| FlowRefused {
+            denial: Denial::of(rejection_refusal(rejection)),
+            endpoint: None,
+        };
         let admission = self.worker.shared.traffic.admit(backend).map_err(refused)?;
         let connection = admission.try_connection().map_err(refused)?;
         let mut tried: Vec<SocketAddr> = Vec::new();
         loop {
             let endpoints = backend.endpoints(self.original_destination.is_ipv6());
             let picked = admission.pick(endpoints, &tried, self.worker.now()).map_err(refused)?;
-            match self.dial_endpoint(&picked.endpoint, backend.traffic.timeouts.connect, confirm).await {
+            match self
+                .dial_endpoint(&picked.endpoint, backend.traffic.timeouts.connect, confirm)
+                .await
+            {
                 Ok(dialed) => {
-                    return Ok(Dialed { picked: Some(picked), _counted: Some((admission, connection)), ..dialed });
+                    return Ok(Dialed {
+                        picked: Some(picked),
+                        _counted: Some((admission, connection)),
+                        ..dialed
+                    });
                 }
                 Err(refusal) => {
                     let reached = !is_unreached(refusal.denial.refusal);
                     tried.push(picked.endpoint.address);
-                    picked.report(if reached { Report::Success } else { Report::Failure }, self.worker.now());
+                    picked.report(
+                        if reached { Report::Success } else { Report::Failure },
+                        self.worker.now(),
+                    );
                     if reached || tried.len() >= ENDPOINTS_TRIED_MAX || tried.len() >= endpoints.len() {
                         return Err(refusal);
                     }
@@ -298,19 +334,30 @@ impl Flow<'_> {
         timeout: std::time::Duration,
         confirm: bool,
     ) -> Result<Dialed, FlowRefused> {
-        let refused = |denial| FlowRefused { denial, endpoint: Some(endpoint.clone()) };
-        let way = way::find(self.worker, &self.view, &self.pod, endpoint).map_err(Denial::of).map_err(refused)?;
+        let refused = |denial| FlowRefused {
+            denial,
+            endpoint: Some(endpoint.clone()),
+        };
+        let way = way::find(self.worker, &self.view, &self.pod, endpoint)
+            .map_err(Denial::of)
+            .map_err(refused)?;
         let dialed = match way {
             Way::Plain => {
                 let stream = way::dial_plain(&self.pod, endpoint.address, timeout).await;
                 Dialed::plain(Kind::Plain(stream.map_err(Denial::of).map_err(refused)?))
             }
             Way::Tunnel(key) => {
-                let preface = Preface { confirm, ..Preface::new(self.presented(endpoint.address.is_ipv6())) };
+                let preface = Preface {
+                    confirm,
+                    ..Preface::new(self.presented(endpoint.address.is_ipv6()))
+                };
                 self.worker.credential(self.pod.identity()).await;
                 let tunnel = self.worker.tunnels.flow(&key, &*self.pod, &preface, false).await;
                 let flow = tunnel.map_err(|error| refused(Denial::of(way::tunnel_refusal(&error))))?;
-                Dialed { security: ConnectionSecurity::MutualTls, ..Dialed::plain(Kind::Flow(flow)) }
+                Dialed {
+                    security: ConnectionSecurity::MutualTls,
+                    ..Dialed::plain(Kind::Flow(flow))
+                }
             }
             Way::Local(pod, policy) => {
                 let permit = judge::flow(&policy, &self.attributes()).map_err(refused)?;
@@ -319,11 +366,22 @@ impl Flow<'_> {
                 let app = deliver::connect(kernel, &pod, endpoint.address, shown, timeout, &permit).await;
                 let app = app.map_err(Denial::of).map_err(refused)?;
                 let security = ConnectionSecurity::SameNode;
-                let local = Some(Local { name: pod.name().clone(), port: endpoint.address.port(), permit });
-                Dialed { local, security, ..Dialed::plain(Kind::App(app)) }
+                let local = Some(Local {
+                    name: pod.name().clone(),
+                    port: endpoint.address.port(),
+                    permit,
+                });
+                Dialed {
+                    local,
+                    security,
+                    ..Dialed::plain(Kind::App(app))
+                }
             }
         };
-        Ok(Dialed { endpoint: Some(endpoint.clone()), ..dialed })
+        Ok(Dialed {
+            endpoint: Some(endpoint.clone()),
+            ..dialed
+        })
     }
 
     /// The source as the destination's application should see it: the pod's address, whatever the captured socket's.
@@ -423,7 +481,11 @@ pub(super) fn presented(pod: &crate::pods::Pod, source: SocketAddr, ipv6: bool) 
 /// The source as the destination's policy sees it.
 pub(super) fn attributes(pod: &crate::pods::Pod, source: SocketAddr) -> SourceAttributes<'_> {
     let address = presented(pod, source, source.is_ipv6());
-    SourceAttributes { identity: Some(pod.identity()), address: address.ip(), port: address.port() }
+    SourceAttributes {
+        identity: Some(pod.identity()),
+        address: address.ip(),
+        port: address.port(),
+    }
 }
 
 /// Ends a relay when its permit is lost or the drain's patience is over.
@@ -449,7 +511,12 @@ pub(super) fn outcome(end: &RelayEnd) -> Outcome {
         How::Closed => Outcome::Served,
         How::Reset(Side::First) => Outcome::SourceReset,
         How::Reset(Side::Second) => {
-            match end.error.as_ref().and_then(crate::tunnel::FlowError::of).and_then(flow_refusal) {
+            match end
+                .error
+                .as_ref()
+                .and_then(crate::tunnel::FlowError::of)
+                .and_then(flow_refusal)
+            {
                 Some(refusal) => Outcome::Refused(refusal),
                 None => Outcome::DestinationReset,
             }
@@ -463,7 +530,9 @@ pub(super) fn outcome(end: &RelayEnd) -> Outcome {
 /// What the peer's reason to refuse a flow is called here.
 fn flow_refusal(error: crate::tunnel::FlowError) -> Option<Refusal> {
     use crate::tunnel::FlowError;
-    let (FlowError::Reset(reason) | FlowError::Refused(reason)) = error else { return None };
+    let (FlowError::Reset(reason) | FlowError::Refused(reason)) = error else {
+        return None;
+    };
     Some(match reason {
         ResetReason::Denied => Refusal::AccessDeniedConnection,
         ResetReason::Unreachable => Refusal::DialRefused,

@@ -19,7 +19,12 @@ pub struct Http2Targets(RefCell<Vec<(SocketAddr, SendRequest<Bytes>)>>);
 impl Http2Targets {
     /// A connection that takes another stream.
     pub async fn get(&self, address: SocketAddr) -> Option<SendRequest<Bytes>> {
-        let send = self.0.borrow().iter().find(|(to, _)| *to == address).map(|(_, send)| send.clone())?;
+        let send = self
+            .0
+            .borrow()
+            .iter()
+            .find(|(to, _)| *to == address)
+            .map(|(_, send)| send.clone())?;
         match send.ready().await {
             Ok(send) => Some(send),
             Err(_) => {

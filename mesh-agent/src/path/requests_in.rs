@@ -22,8 +22,7 @@ use crate::{
     event::{ConnectionSecurity, Outcome, PartySet, Protocol, Refusal, Reporter, RequestRecord},
     l7::{
         self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, Verdict, Version,
-        detect::Sniff,
-        headers::ClientCert,
+        detect::Sniff, headers::ClientCert,
     },
     relay,
     transport::Transport,
@@ -73,9 +72,10 @@ impl RequestsIn {
     /// For a connection whose source is as proven as it will be.
     pub fn new(arrival: Arrival) -> RequestsIn {
         let (security, client_cert) = match &arrival.identity {
-            Some(identity) => {
-                (ConnectionSecurity::MutualTls, names::client_cert(arrival.pod.identity(), identity))
-            }
+            Some(identity) => (
+                ConnectionSecurity::MutualTls,
+                names::client_cert(arrival.pod.identity(), identity),
+            ),
             None => (ConnectionSecurity::None, ClientCert::Strip),
         };
         RequestsIn {
@@ -130,17 +130,37 @@ impl RequestsIn {
                     ConnectionSecurity::MutualTls => Standard::default(),
                     _ => Standard::at_source(request, self.arrival.source.ip()),
                 };
-                let standard = Standard { client_cert: self.client_cert.clone(), ..standard };
+                let standard = Standard {
+                    client_cert: self.client_cert.clone(),
+                    ..standard
+                };
                 if shared.events.logs_access() {
                     names::trace(&mut record, request, &standard);
                 }
-                let forward = Forward { standard, ..Forward::default() };
-                Verdict::Forward(forward, Exchange { record, permit: Some(permit), refusal: None })
+                let forward = Forward {
+                    standard,
+                    ..Forward::default()
+                };
+                Verdict::Forward(
+                    forward,
+                    Exchange {
+                        record,
+                        permit: Some(permit),
+                        refusal: None,
+                    },
+                )
             }
             Err(denial) => {
                 record.set_rule(denial.rule.clone(), view.revision());
                 let reply = replies::refusal(denial.refusal, denial.retry_after);
-                Verdict::Reply(reply, Exchange { record, permit: None, refusal: Some(denial.refusal) })
+                Verdict::Reply(
+                    reply,
+                    Exchange {
+                        record,
+                        permit: None,
+                        refusal: Some(denial.refusal),
+                    },
+                )
             }
         }
     }
@@ -180,7 +200,10 @@ impl Handler for RequestsIn {
         if let Some(wire) = kept.filter(|app| attempt == Attempt::First && app.is_quiet()) {
             return Ok(Target { wire, reused: true });
         }
-        Ok(Target { wire: self.app(exchange).await?, reused: false })
+        Ok(Target {
+            wire: self.app(exchange).await?,
+            reused: false,
+        })
     }
 
     async fn connect_h2(
@@ -194,10 +217,13 @@ impl Handler for RequestsIn {
             return Ok(send);
         }
         let stream = self.app(exchange).await?;
-        self.http2.start(self.address(), stream, &self.worker().shared.drain).await.map_err(|refusal| {
-            exchange.refusal = Some(refusal);
-            replies::refusal(refusal, None)
-        })
+        self.http2
+            .start(self.address(), stream, &self.worker().shared.drain)
+            .await
+            .map_err(|refusal| {
+                exchange.refusal = Some(refusal);
+                replies::refusal(refusal, None)
+            })
     }
 
     fn release(&self, _exchange: &mut Exchange, wire: TargetStream) {
@@ -222,7 +248,11 @@ impl Handler for RequestsIn {
 
     fn refused(&self, fault: Fault, status: Option<StatusCode>) {
         let view = self.worker().shared.view.load();
-        let mut record = self.worker().shared.events.request(self.parties(&view), Protocol::Http1);
+        let mut record = self
+            .worker()
+            .shared
+            .events
+            .request(self.parties(&view), Protocol::Http1);
         if let Some(status) = status {
             record.set_status(status.as_u16());
         }

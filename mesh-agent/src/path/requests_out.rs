@@ -133,8 +133,16 @@ impl RequestsOut {
     }
 
     fn parties(&self, destination: Option<&Endpoint>, security: ConnectionSecurity, twin: bool) -> Arc<PartySet> {
-        let base = if twin { names::Ends::at_destination() } else { names::Ends::at_source() };
-        let key = (destination.map(|endpoint| endpoint.workload.name.clone()), security, base.reporter);
+        let base = if twin {
+            names::Ends::at_destination()
+        } else {
+            names::Ends::at_source()
+        };
+        let key = (
+            destination.map(|endpoint| endpoint.workload.name.clone()),
+            security,
+            base.reporter,
+        );
         self.parties.get(key, || {
             let source = self.pod.workload();
             let ends = names::Ends {
@@ -185,7 +193,13 @@ impl RequestsOut {
         let reply = replies::refusal(denial.refusal, denial.retry_after);
         Verdict::Reply(
             reply,
-            Exchange { record, twin, plan: None, refusal: Some(denial.refusal), failed: false },
+            Exchange {
+                record,
+                twin,
+                plan: None,
+                refusal: Some(denial.refusal),
+                failed: false,
+            },
         )
     }
 
@@ -205,8 +219,14 @@ impl RequestsOut {
     /// Everything before the connection: one synchronous pass over one view.
     fn plan(&self, request: &dyn Request, facts: Facts) -> Verdict<Exchange> {
         let view = self.worker.shared.view.load();
-        let nowhere =
-            |denial| self.reply(&view, self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false), None, denial);
+        let nowhere = |denial| {
+            self.reply(
+                &view,
+                self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false),
+                None,
+                denial,
+            )
+        };
         // The newest view counts, not that of the connection's first request.
         let port = match &self.wanted {
             Wanted::Service(port) => match view.service(&port.service.name).and_then(|s| s.port(port.port.port)) {
@@ -225,18 +245,26 @@ impl RequestsOut {
                     rule = Some(found.clone());
                     if let RouteAction::Redirect(redirect) = &found.action {
                         let location = redirect_location(redirect, request, self.original_destination.port(), "http");
-                        let mut record =
-                            self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false);
+                        let mut record = self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false);
                         record.set_route(found.id.clone());
                         let reply = replies::redirect(redirect.status, location);
-                        let exchange = Exchange { record, twin: None, plan: None, refusal: None, failed: false };
+                        let exchange = Exchange {
+                            record,
+                            twin: None,
+                            plan: None,
+                            refusal: None,
+                            failed: false,
+                        };
                         return Verdict::Reply(reply, exchange);
                     }
                 }
             }
         }
         if let Some(rule) = &rule {
-            let denied = |refusal| Denial { rule: rule.id.clone(), ..Denial::of(refusal) };
+            let denied = |refusal| Denial {
+                rule: rule.id.clone(),
+                ..Denial::of(refusal)
+            };
             share = rule.pick(rand::random());
             match share.map(|share| &share.backend) {
                 None => return nowhere(denied(Refusal::BadBackend)),
@@ -282,8 +310,8 @@ impl RequestsOut {
             Ok(way) => way,
             Err(refusal) => return self.reply(&view, record, None, Denial::of(refusal)),
         };
-        let mut twin = matches!(way, Way::Local(..))
-            .then(|| self.record(&view, request, facts, Some(&endpoint), security, true));
+        let mut twin =
+            matches!(way, Way::Local(..)).then(|| self.record(&view, request, facts, Some(&endpoint), security, true));
         let permit = match self.judge(&way, request) {
             Ok(permit) => permit,
             Err(denial) => {
@@ -326,7 +354,13 @@ impl RequestsOut {
             permit,
             tried: Vec::new(),
         };
-        let exchange = Exchange { record, twin, plan: Some(Box::new(plan)), refusal: None, failed: false };
+        let exchange = Exchange {
+            record,
+            twin,
+            plan: Some(Box::new(plan)),
+            refusal: None,
+            failed: false,
+        };
         Verdict::Forward(forward, exchange)
     }
 
@@ -339,7 +373,9 @@ impl RequestsOut {
         first: SocketAddr,
         request: &dyn Request,
     ) -> Vec<(SocketAddr, Permit)> {
-        let endpoints = backend.map(|backend| backend.endpoints(self.original_destination.is_ipv6())).unwrap_or_default();
+        let endpoints = backend
+            .map(|backend| backend.endpoints(self.original_destination.is_ipv6()))
+            .unwrap_or_default();
         let here = |endpoint: &&Endpoint| {
             endpoint.address != first && endpoint.workload.enrolled && endpoint.workload.node == self.worker.shared.node
         };
@@ -362,15 +398,24 @@ impl RequestsOut {
         backend: Option<&Backend>,
     ) -> Forward {
         let source = presented(&self.pod, self.source, self.original_destination.is_ipv6());
-        let mut forward = Forward { standard: Standard::at_source(request, source.ip()), ..Forward::default() };
+        let mut forward = Forward {
+            standard: Standard::at_source(request, source.ip()),
+            ..Forward::default()
+        };
         if let Some(rule) = rule {
             forward.request_headers = HeaderChanges::from(&rule.request_headers);
             forward.response_headers = HeaderChanges::default();
             if let Some(share) = share {
-                forward.request_headers.extend(&HeaderChanges::from(&share.request_headers));
-                forward.response_headers.extend(&HeaderChanges::from(&share.response_headers));
+                forward
+                    .request_headers
+                    .extend(&HeaderChanges::from(&share.request_headers));
+                forward
+                    .response_headers
+                    .extend(&HeaderChanges::from(&share.response_headers));
             }
-            forward.response_headers.extend(&HeaderChanges::from(&rule.response_headers));
+            forward
+                .response_headers
+                .extend(&HeaderChanges::from(&rule.response_headers));
             if let Some(rewrite) = &rule.rewrite {
                 forward.authority = rewrite.hostname.as_deref().map(str::to_owned);
                 if rewrite.path.is_some() {
@@ -402,7 +447,14 @@ impl RequestsOut {
         attempt: Attempt,
         mut dial: impl AsyncFnMut(&RequestsOut, &mut Plan, bool) -> Result<T, Refusal>,
     ) -> Result<T, Reply> {
-        let Exchange { record, plan: Some(plan), refusal, twin, .. } = exchange else {
+        let Exchange {
+            record,
+            plan: Some(plan),
+            refusal,
+            twin,
+            ..
+        } = exchange
+        else {
             return Err(replies::refusal(Refusal::Internal, None));
         };
         let revision = plan.view.revision();
@@ -438,7 +490,11 @@ impl RequestsOut {
                 Err(failed) => {
                     let last = !is_unreached(failed) || plan.backend.is_none();
                     if let Some(picked) = plan.picked.take() {
-                        let report = if is_unreached(failed) { Report::Failure } else { Report::Success };
+                        let report = if is_unreached(failed) {
+                            Report::Failure
+                        } else {
+                            Report::Success
+                        };
                         picked.report(report, self.worker.now());
                     }
                     let spent = plan.tried.len() + 1 >= ENDPOINTS_TRIED_MAX;
@@ -461,14 +517,21 @@ impl RequestsOut {
         }
         let endpoints = backend.endpoints(self.original_destination.is_ipv6());
         // When all were tried, a retry may come back to one of them.
-        let tried = if plan.tried.len() >= endpoints.len() { &[][..] } else { &plan.tried };
+        let tried = if plan.tried.len() >= endpoints.len() {
+            &[][..]
+        } else {
+            &plan.tried
+        };
         let picked = admission.pick(endpoints, tried, self.worker.now());
         let picked = picked.map_err(|rejection| Denial::of(rejection_refusal(rejection)))?;
         plan.endpoint = picked.endpoint.clone();
         plan.picked = Some(picked);
         plan.way = way::find(&self.worker, &plan.view, &self.pod, &plan.endpoint).map_err(Denial::of)?;
         if let Way::Local(..) = plan.way {
-            let permit = plan.permits.iter().find(|(address, _)| *address == plan.endpoint.address);
+            let permit = plan
+                .permits
+                .iter()
+                .find(|(address, _)| *address == plan.endpoint.address);
             // Without one the endpoint's own policy refused the request; the first one keeps the permit it has.
             if let Some((_, permit)) = permit {
                 plan.permit = Some(permit.clone());
@@ -480,7 +543,9 @@ impl RequestsOut {
     }
 
     fn timeout(&self, plan: &Plan) -> Duration {
-        plan.backend.as_ref().map_or(self.worker.shared.config.dial_timeout, |b| b.traffic.timeouts.connect)
+        plan.backend
+            .as_ref()
+            .map_or(self.worker.shared.config.dial_timeout, |b| b.traffic.timeouts.connect)
     }
 
     /// An idle connection to the address which is as good as new.
@@ -501,14 +566,20 @@ impl RequestsOut {
             self.worker.credential(self.pod.identity()).await;
             let tunnel = self.worker.tunnels.http1(key, &*self.pod, fresh).await;
             let tunnel = tunnel.map_err(|error| way::tunnel_refusal(&error))?;
-            return Ok(Target { reused: tunnel.is_reused(), wire: TargetStream::new(Kind::Tunnel(tunnel)) });
+            return Ok(Target {
+                reused: tunnel.is_reused(),
+                wire: TargetStream::new(Kind::Tunnel(tunnel)),
+            });
         }
         if fresh {
             self.idle.borrow_mut().retain(|(to, _)| *to != address);
         } else if let Some(wire) = self.take_idle(address) {
             return Ok(Target { wire, reused: true });
         }
-        Ok(Target { wire: self.dial_direct(plan).await?, reused: false })
+        Ok(Target {
+            wire: self.dial_direct(plan).await?,
+            reused: false,
+        })
     }
 
     /// A new connection to an application of this node, or to a plain address.
@@ -559,7 +630,10 @@ impl Handler for RequestsOut {
     }
 
     async fn connect(&self, exchange: &mut Exchange, attempt: Attempt) -> Result<Target<TargetStream>, Reply> {
-        self.go(exchange, attempt, async |this, plan, fresh| this.dial(plan, fresh).await).await
+        self.go(exchange, attempt, async |this, plan, fresh| {
+            this.dial(plan, fresh).await
+        })
+        .await
     }
 
     async fn connect_h2(
@@ -567,7 +641,10 @@ impl Handler for RequestsOut {
         exchange: &mut Exchange,
         attempt: Attempt,
     ) -> Result<::h2::client::SendRequest<Bytes>, Reply> {
-        self.go(exchange, attempt, async |this, plan, fresh| this.dial_h2(plan, fresh).await).await
+        self.go(exchange, attempt, async |this, plan, fresh| {
+            this.dial_h2(plan, fresh).await
+        })
+        .await
     }
 
     fn release(&self, exchange: &mut Exchange, wire: TargetStream) {
@@ -589,7 +666,9 @@ impl Handler for RequestsOut {
     fn again(&self, exchange: &mut Exchange, attempted: Attempted, retries: u32) -> bool {
         let now = self.worker.now();
         let Some(plan) = &mut exchange.plan else { return false };
-        let (Some(retry), Some(admission)) = (&plan.retry, &plan.admission) else { return false };
+        let (Some(retry), Some(admission)) = (&plan.retry, &plan.admission) else {
+            return false;
+        };
         let wanted = retry.on.iter().any(|on| match attempted {
             Attempted::Status(status) => on.matches_status(status.as_u16()),
             Attempted::Failed(Fault::StreamRefused) => matches!(on, RetryOn::RefusedStream | RetryOn::Reset),
@@ -620,7 +699,13 @@ impl Handler for RequestsOut {
     }
 
     fn finish(&self, exchange: Exchange, end: End) {
-        let Exchange { mut record, mut twin, plan, refusal, failed } = exchange;
+        let Exchange {
+            mut record,
+            mut twin,
+            plan,
+            refusal,
+            failed,
+        } = exchange;
         if let Some(plan) = &plan {
             // A retry may have gone elsewhere than was planned.
             for record in twin.iter_mut().chain([&mut record]) {
@@ -638,7 +723,11 @@ impl Handler for RequestsOut {
                         | Fault::AttemptTimeout
                 )
             );
-            let report = if failed || fault { Report::Failure } else { Report::Success };
+            let report = if failed || fault {
+                Report::Failure
+            } else {
+                Report::Success
+            };
             picked.report(report, self.worker.now());
         }
         let outcome = match (refusal, end.fault) {
@@ -661,4 +750,3 @@ impl Handler for RequestsOut {
         record.close(Outcome::Refused(fault_refusal(fault)));
     }
 }
-

@@ -41,7 +41,10 @@ pub enum Kind {
 impl TargetStream {
     /// A connection from which nothing was read.
     pub fn new(kind: Kind) -> TargetStream {
-        TargetStream { kind, early: BytesMut::new() }
+        TargetStream {
+            kind,
+            early: BytesMut::new(),
+        }
     }
 
     /// Whether an idle connection that is not a tunnel's may carry another request.

@@ -40,7 +40,11 @@ pub fn find(worker: &Worker, view: &View, source: &Pod, endpoint: &Endpoint) -> 
         return Ok(Way::Plain);
     }
     if workload.node == worker.shared.node {
-        let pod = worker.shared.pods.by_name(&workload.name).ok_or(Refusal::DialUnreachable)?;
+        let pod = worker
+            .shared
+            .pods
+            .by_name(&workload.name)
+            .ok_or(Refusal::DialUnreachable)?;
         return Ok(Way::Local(pod, view.inbound(&workload.name, port)));
     }
     if view.inbound(&workload.name, port).mtls == MtlsMode::Off {
@@ -65,7 +69,9 @@ pub async fn dial_plain(
     address: SocketAddr,
     timeout: Duration,
 ) -> Result<tokio::net::TcpStream, Refusal> {
-    crate::net::dial(source, address, timeout).await.map_err(|error| connect_refusal(&error))
+    crate::net::dial(source, address, timeout)
+        .await
+        .map_err(|error| connect_refusal(&error))
 }
 
 /// What a failed TCP connection is called.

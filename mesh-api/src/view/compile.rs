@@ -78,7 +78,12 @@ pub(super) fn compile(trust_domain: TrustDomain, revision: Revision, resources: 
         inbound: compile_inbound(revision, &services, &workloads, &members, &policies),
         inbound_of_unknown: inbound_of_unknown(revision),
         backends: backends.values().cloned().collect(),
-        limits: policies.limits.iter().flat_map(compile_limits).map(|limit| limit.id).collect(),
+        limits: policies
+            .limits
+            .iter()
+            .flat_map(compile_limits)
+            .map(|limit| limit.id)
+            .collect(),
     };
     for workload in workloads {
         index_workload(&mut view, workload);
