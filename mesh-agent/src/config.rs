@@ -17,6 +17,7 @@ use serde_yaml_ng::{Mapping, Value};
 use crate::{
     event::{self, Compat, LogFormat},
     kernel::{FailMode, cgroup2_root},
+    view::ControllerConfig,
     worker::PathConfig,
 };
 
@@ -50,23 +51,6 @@ pub struct AgentConfig {
     pub path: PathConfig,
     /// How the agent ends.
     pub drain: DrainConfig,
-}
-
-/// Where the controller is and how it is believed.
-#[derive(Clone, Debug)]
-pub struct ControllerConfig {
-    /// `host:port` of its gRPC service.
-    pub address: String,
-    /// A PEM file with the roots that its certificate must lead to.
-    pub trust_bundle: PathBuf,
-    /// A file with the token that admits this node when it has no certificate yet.
-    pub join_token_file: Option<PathBuf>,
-    /// Time for a connection and its handshake.
-    pub connect_timeout: Duration,
-    /// Time for one answer.
-    pub call_timeout: Duration,
-    /// The longest wait between two attempts.
-    pub retry_max: Duration,
 }
 
 /// The kernel side.
@@ -522,7 +506,10 @@ fn is_host_and_port(address: &str) -> bool {
 
 fn read_kernel(mut section: Section<'_>, node: Option<&str>) -> KernelSection {
     let kernel = KernelSection {
-        cgroup: section.or("cgroup", cgroup2_root().unwrap_or_else(|_| PathBuf::from("/sys/fs/cgroup"))),
+        cgroup: section.or(
+            "cgroup",
+            cgroup2_root().unwrap_or_else(|_| PathBuf::from("/sys/fs/cgroup")),
+        ),
         pin_root: section.or("pinRoot", PathBuf::from("/sys/fs/bpf/nodemesh")),
         instance: section.or("instance", node.unwrap_or_default().to_owned()),
         fail_mode: section.word(

@@ -81,10 +81,10 @@ const RANKS: &[(u8, &[(&str, &str)])] = &[
                 "capture",
                 "the accept loops: a stream with its original destination, given to the path",
             ),
-            ("admin", "metrics, health and debugging"),
+            ("config", "arguments and files, gathered from the parts"),
         ],
     ),
-    (10, &[("config", "arguments and files, gathered from the parts")]),
+    (10, &[("admin", "metrics, health and debugging")]),
     (
         11,
         &[("agent", "the composition root: the one file that knows every part")],
@@ -166,12 +166,21 @@ impl Source {
 
     /// The code without its unit tests, which come last in a file.
     fn product(&self) -> &str {
-        self.code.split("#[cfg(test)]\nmod ").next().unwrap_or(&self.code)
+        let inline = self.code.match_indices("#[cfg(test)]\nmod ").find(|(at, _)| {
+            // `mod tests;` is a file of its own, and code may follow.
+            let line = self.code[*at..].lines().nth(1).unwrap_or_default();
+            line.trim_end().ends_with('{') || line.contains('}')
+        });
+        inline.map_or(&self.code, |(at, _)| &self.code[..at])
     }
 
     fn is_test(&self) -> bool {
         self.path.components().any(|part| part.as_os_str() == "tests") && !self.path.starts_with("tests/src")
-            || self.path.file_name().is_some_and(|name| name == "tests.rs")
+            || self
+                .path
+                .file_stem()
+                .and_then(|name| name.to_str())
+                .is_some_and(|name| name == "tests" || name.ends_with("_tests"))
     }
 }
 
@@ -519,6 +528,8 @@ mod tests {
             0
         );
         assert_eq!(file("tests/tests/a.rs", "// never sleep(1)"), 0);
+        assert_eq!(file("x/src/a.rs", "#[cfg(test)]\nmod tests;\nfn f() { sleep(1); }"), 0);
+        assert_eq!(file("x/src/a_tests.rs", "fn f() { sleep(1); }"), 1);
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub mod snapshot;
 pub mod sync;
 
 pub use controller::ControllerClient;
-pub use session::{AgentReport, SyncConfig, SyncError, SyncHealth, ViewSync};
+pub use session::{AgentReport, ControllerConfig, SyncConfig, SyncError, SyncHealth, ViewSync};
 
 use std::{sync::Arc, time::Duration};
 

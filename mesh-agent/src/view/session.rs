@@ -35,7 +35,6 @@ use super::{
     sync::{Action, Greeting, Held, Input, State, step},
 };
 use crate::{
-    config::ControllerConfig,
     event::{Event, Events, Samples, Source},
     identity::TrustBundle,
 };
@@ -46,6 +45,23 @@ const OUTGOING_MAX: usize = 16;
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// The wait after a renewal of the node's certificate failed.
 const RENEWAL_RETRY: Duration = Duration::from_secs(10);
+
+/// Where the controller is and how it is believed.
+#[derive(Clone, Debug)]
+pub struct ControllerConfig {
+    /// `host:port` of its gRPC service.
+    pub address: String,
+    /// A PEM file with the roots that its certificate must lead to.
+    pub trust_bundle: PathBuf,
+    /// A file with the token that admits this node when it has no certificate yet.
+    pub join_token_file: Option<PathBuf>,
+    /// Time for a connection and its handshake.
+    pub connect_timeout: Duration,
+    /// Time for one answer.
+    pub call_timeout: Duration,
+    /// The longest wait between two attempts.
+    pub retry_max: Duration,
+}
 
 /// What the session is built from.
 #[derive(Clone, Debug)]

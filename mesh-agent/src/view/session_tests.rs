@@ -34,11 +34,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming, transport::server::Connected};
 
 use super::{
-    session::{AgentReport, SyncConfig, SyncError, ViewSync},
+    session::{AgentReport, ControllerConfig, SyncConfig, SyncError, ViewSync},
     snapshot,
 };
 use crate::{
-    config::ControllerConfig,
     event::Events,
     identity::{
         issue::{Signer, SigningRequest},
