@@ -12,7 +12,7 @@ use mesh_api::{
     authz::{Permit, SourceAttributes},
     backend::Backend,
     view::{Destination, InboundPolicy, ServicePortView, View},
-    workload::{AppProtocol, Endpoint, ObjectName},
+    workload::{AppProtocol, Endpoint, ObjectName, Workload},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -102,6 +102,8 @@ pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
         source,
         original_destination,
     } = captured;
+    // The captured socket itself is bound to the loopback address; what counts is the address that others see.
+    let source = presented(&pod, source, original_destination.is_ipv6());
     let wanted = match view.destination(original_destination) {
         Destination::ServicePort(port) => Wanted::Service(port),
         Destination::Workload(endpoint) => Wanted::Workload(endpoint),
@@ -234,15 +236,18 @@ impl Flow<'_> {
                 Ok(dialed) => (dialed, BytesMut::new()),
                 Err(refused) => {
                     net::reset_on_close(&stream);
-                    let mut record = self.record(refused.endpoint.as_ref(), ConnectionSecurity::None);
-                    record.set_rule(refused.denial.rule.clone(), self.view.revision());
-                    return record.close(Outcome::Refused(refused.denial.refusal));
+                    return self.refused(&refused);
                 }
             },
         };
         let mut record = self.record(dialed.endpoint.as_ref(), dialed.security);
         record.established();
-        let mut twin = dialed.local.as_ref().map(|local| self.twin(local));
+        let mut twin = dialed.local.as_ref().map(|local| {
+            let mut twin = self.twin(self.view.workload(&local.name));
+            twin.set_rule(local.permit.rule().clone(), local.permit.revision());
+            twin.established();
+            twin
+        });
         if !early.is_empty() && stream.write_all(&early).await.is_err() {
             relay::Duplex::reset(&mut dialed.stream);
             return record.close(Outcome::SourceReset);
@@ -279,6 +284,7 @@ impl Flow<'_> {
         let refused = |refusal| FlowRefused {
             denial: Denial::of(refusal),
             endpoint: None,
+            security: ConnectionSecurity::Unknown,
         };
         let timeout = self.worker.shared.config.dial_timeout;
         match &self.wanted {
@@ -295,6 +301,7 @@ impl Flow<'_> {
         let refused = |rejection| FlowRefused {
             denial: Denial::of(rejection_refusal(rejection)),
             endpoint: None,
+            security: ConnectionSecurity::Unknown,
         };
         let admission = self.worker.shared.traffic.admit(backend).map_err(refused)?;
         let connection = admission.try_connection().map_err(refused)?;
@@ -337,6 +344,11 @@ impl Flow<'_> {
         let refused = |denial| FlowRefused {
             denial,
             endpoint: Some(endpoint.clone()),
+            security: ConnectionSecurity::Unknown,
+        };
+        let refused_here = |denial| FlowRefused {
+            security: ConnectionSecurity::SameNode,
+            ..refused(denial)
         };
         let way = way::find(self.worker, &self.view, &self.pod, endpoint)
             .map_err(Denial::of)
@@ -360,11 +372,11 @@ impl Flow<'_> {
                 }
             }
             Way::Local(pod, policy) => {
-                let permit = judge::flow(&policy, &self.attributes()).map_err(refused)?;
+                let permit = judge::flow(&policy, &self.attributes()).map_err(refused_here)?;
                 let shown = self.presented(endpoint.address.is_ipv6());
                 let kernel = &self.worker.shared.kernel;
                 let app = deliver::connect(kernel, &pod, endpoint.address, shown, timeout, &permit).await;
-                let app = app.map_err(Denial::of).map_err(refused)?;
+                let app = app.map_err(Denial::of).map_err(refused_here)?;
                 let security = ConnectionSecurity::SameNode;
                 let local = Some(Local {
                     name: pod.name().clone(),
@@ -410,19 +422,30 @@ impl Flow<'_> {
     }
 
     /// The destination's record of a flow that stays on this node.
-    fn twin(&self, local: &Local) -> crate::event::ConnRecord {
+    /// The destination's record of what stays on this node.
+    fn twin(&self, destination: Option<&Arc<Workload>>) -> crate::event::ConnRecord {
         let source = self.pod.workload();
         let ends = names::Ends {
             source: Some(&source),
-            destination: self.view.workload(&local.name),
+            destination,
             service: self.service(),
             security: ConnectionSecurity::SameNode,
             ..names::Ends::at_destination()
         };
-        let mut record = names::connection(self.worker, &self.view, &ends, self.source, self.original_destination);
-        record.set_rule(local.permit.rule().clone(), local.permit.revision());
-        record.established();
-        record
+        names::connection(self.worker, &self.view, &ends, self.source, self.original_destination)
+    }
+
+    /// Closes the records of a flow that was refused.
+    fn refused(&self, refused: &FlowRefused) {
+        let endpoint = refused.endpoint.as_ref();
+        let twin = match refused.security {
+            ConnectionSecurity::SameNode => Some(self.twin(endpoint.map(|endpoint| &endpoint.workload))),
+            _ => None,
+        };
+        for mut record in twin.into_iter().chain([self.record(endpoint, refused.security)]) {
+            record.set_rule(refused.denial.rule.clone(), self.view.revision());
+            record.close(Outcome::Refused(refused.denial.refusal));
+        }
     }
 
     fn service(&self) -> Option<&mesh_api::workload::Service> {
@@ -447,6 +470,8 @@ impl Flow<'_> {
 struct FlowRefused {
     denial: Denial,
     endpoint: Option<Endpoint>,
+    /// [`ConnectionSecurity::SameNode`] if this agent refused it as the destination's, else not decided yet.
+    security: ConnectionSecurity,
 }
 
 impl Dialed {
