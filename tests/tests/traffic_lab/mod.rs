@@ -61,7 +61,7 @@ spec:
         }
       }
       END
-      mkdir -p tmp files && python3 TRAFFIC bytes-of 50000000 > files/large && exec nginx -e stderr -p "$PWD" -c nginx.conf
+      mkdir -p tmp files && python3 TRAFFIC bytes-of 50000000 > files/large && head -c 1000000 files/large > files/small && exec nginx -e stderr -p "$PWD" -c nginx.conf
     readinessProbe: {httpGet: {path: /, port: 8080}}
   - name: redis
     command: [redis-server, --port, "6379", --bind, "0.0.0.0", "::", --protected-mode, "no", --save, "", --appendonly, "no"]
