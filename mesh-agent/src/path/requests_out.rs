@@ -163,14 +163,13 @@ impl RequestsOut {
         facts: Facts,
         endpoint: Option<&Endpoint>,
         security: ConnectionSecurity,
-        twin: bool,
     ) -> RequestRecord {
         let protocol = match facts.version {
             _ if facts.grpc => Protocol::Grpc,
             Version::Http2 => Protocol::Http2,
             Version::Http10 | Version::Http11 => Protocol::Http1,
         };
-        let parties = self.parties(endpoint, security, twin);
+        let parties = self.parties(endpoint, security, false);
         let mut record = self.worker.shared.events.request(parties, protocol);
         names::fill(&mut record, view, request, self.source, self.original_destination);
         record.set_workloads(Some(&self.pod.workload()), endpoint.map(|endpoint| &endpoint.workload));
@@ -222,7 +221,7 @@ impl RequestsOut {
         let nowhere = |denial| {
             self.reply(
                 &view,
-                self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false),
+                self.record(&view, request, facts, None, ConnectionSecurity::Unknown),
                 None,
                 denial,
             )
@@ -245,7 +244,7 @@ impl RequestsOut {
                     rule = Some(found.clone());
                     if let RouteAction::Redirect(redirect) = &found.action {
                         let location = redirect_location(redirect, request, self.original_destination.port(), "http");
-                        let mut record = self.record(&view, request, facts, None, ConnectionSecurity::Unknown, false);
+                        let mut record = self.record(&view, request, facts, None, ConnectionSecurity::Unknown);
                         record.set_route(found.id.clone());
                         let reply = replies::redirect(redirect.status, location);
                         let exchange = Exchange {
@@ -296,13 +295,8 @@ impl RequestsOut {
             (None, Wanted::Service(_) | Wanted::Outside(_)) => return nowhere(Denial::of(Refusal::NoEndpoint)),
         };
         let way = way::find(&self.worker, &view, &self.pod, &endpoint);
-        let security = match &way {
-            Ok(Way::Local(..)) => ConnectionSecurity::SameNode,
-            Ok(Way::Tunnel(_)) => ConnectionSecurity::MutualTls,
-            Ok(Way::Plain) => ConnectionSecurity::None,
-            Err(_) => ConnectionSecurity::Unknown,
-        };
-        let mut record = self.record(&view, request, facts, Some(&endpoint), security, false);
+        let security = way.as_ref().map_or(ConnectionSecurity::Unknown, Way::security);
+        let mut record = self.record(&view, request, facts, Some(&endpoint), security);
         if let Some(rule) = &rule {
             record.set_route(rule.id.clone());
         }
@@ -310,28 +304,22 @@ impl RequestsOut {
             Ok(way) => way,
             Err(refusal) => return self.reply(&view, record, None, Denial::of(refusal)),
         };
-        let mut twin =
-            matches!(way, Way::Local(..)).then(|| self.record(&view, request, facts, Some(&endpoint), security, true));
         let permit = match self.judge(&way, request) {
             Ok(permit) => permit,
             Err(denial) => {
                 if let Some(picked) = picked {
                     picked.report(Report::Success, self.worker.now());
                 }
-                return self.reply(&view, record, twin, denial);
+                let twin = record.beside(self.parties(Some(&endpoint), security, true));
+                return self.reply(&view, record, Some(twin), denial);
             }
         };
-        if let (Some(twin), Some(permit)) = (&mut twin, &permit) {
-            twin.set_rule(permit.rule().clone(), permit.revision());
-        }
         let mut forward = self.forward(request, rule.as_deref(), share, backend.as_deref());
         if let Way::Local(pod, _) = &way {
             forward.standard.client_cert = names::client_cert(pod.identity(), self.pod.identity());
         }
         if self.worker.shared.events.logs_access() {
-            for record in twin.iter_mut().chain([&mut record]) {
-                names::trace(record, request, &forward.standard);
-            }
+            names::trace(&mut record, request, &forward.standard);
         }
         let settings = backend.as_ref().map(|backend| &backend.traffic);
         let retry = match (&rule, settings) {
@@ -356,7 +344,7 @@ impl RequestsOut {
         };
         let exchange = Exchange {
             record,
-            twin,
+            twin: None,
             plan: Some(Box::new(plan)),
             refusal: None,
             failed: false,
@@ -457,29 +445,34 @@ impl RequestsOut {
         else {
             return Err(replies::refusal(Refusal::Internal, None));
         };
-        let revision = plan.view.revision();
-        let mut give_up = |denial: Denial, twin: &mut Option<RequestRecord>| {
+        // What was not sent says nothing of the endpoint: a pick that is still held counts neither way.
+        let mut give_up = |denial: Denial, plan: &mut Plan| {
             *refusal = Some(denial.refusal);
-            if let Some(twin) = twin {
-                twin.set_rule(denial.rule.clone(), revision);
-            }
+            plan.picked = None;
             Err(replies::refusal(denial.refusal, denial.retry_after))
         };
-        if let Attempt::Retry(_) = attempt
-            && let Err(denial) = self.next_endpoint(plan)
-        {
-            return give_up(denial, twin);
+        if let Attempt::Retry(_) = attempt {
+            if let Err(denial) = self.next_endpoint(plan, true) {
+                return give_up(denial, plan);
+            }
+            self.name_endpoint(record, plan);
         }
         if plan.connection.is_none()
             && let Some(admission) = &plan.admission
         {
             match admission.connection().await {
                 Ok(guard) => plan.connection = Some(guard),
-                Err(rejection) => return give_up(Denial::of(rejection_refusal(rejection)), twin),
+                Err(rejection) => return give_up(Denial::of(rejection_refusal(rejection)), plan),
             }
         }
         loop {
             record.attempt();
+            if let (Way::Local(..), Some(permit), None) = (&plan.way, &plan.permit, &twin) {
+                let parties = self.parties(Some(&plan.endpoint), ConnectionSecurity::SameNode, true);
+                let mut beside = record.beside(parties);
+                beside.set_rule(permit.rule().clone(), permit.revision());
+                *twin = Some(beside);
+            }
             match dial(self, plan, attempt == Attempt::Fresh).await {
                 Ok(target) => {
                     if let Some(connection) = &mut plan.connection {
@@ -488,26 +481,36 @@ impl RequestsOut {
                     return Ok(target);
                 }
                 Err(failed) => {
+                    if let Some(twin) = twin.take() {
+                        twin.close(Outcome::Refused(failed));
+                    }
                     let last = !is_unreached(failed) || plan.backend.is_none();
-                    if let Some(picked) = plan.picked.take() {
-                        let report = if is_unreached(failed) {
-                            Report::Failure
-                        } else {
-                            Report::Success
-                        };
-                        picked.report(report, self.worker.now());
+                    if is_unreached(failed)
+                        && let Some(picked) = plan.picked.take()
+                    {
+                        picked.report(Report::Failure, self.worker.now());
                     }
                     let spent = plan.tried.len() + 1 >= ENDPOINTS_TRIED_MAX;
-                    if last || spent || self.next_endpoint(plan).is_err() {
-                        return give_up(Denial::of(failed), twin);
+                    if last || spent || self.next_endpoint(plan, false).is_err() {
+                        return give_up(Denial::of(failed), plan);
                     }
+                    self.name_endpoint(record, plan);
                 }
             }
         }
     }
 
-    /// Picks an endpoint that was not tried, and judges the request anew if it is a pod of this node.
-    fn next_endpoint(&self, plan: &mut Plan) -> Result<(), Denial> {
+    /// Tells the record that the request goes to another endpoint than was planned.
+    fn name_endpoint(&self, record: &mut RequestRecord, plan: &Plan) {
+        let security = plan.way.security();
+        record.set_parties(self.parties(Some(&plan.endpoint), security, false));
+        record.set_workloads(Some(&self.pod.workload()), Some(&plan.endpoint.workload));
+        record.set_endpoint(plan.endpoint.address);
+    }
+
+    /// Picks an endpoint that was not tried, and judges the request anew if it is a pod of this node. Once all were
+    /// tried, a retry may come `back` to one of them; whoever merely could not be reached is not dialed over and over.
+    fn next_endpoint(&self, plan: &mut Plan, back: bool) -> Result<(), Denial> {
         let (Some(backend), Some(admission)) = (&plan.backend, &plan.admission) else {
             // A workload's own address: there is no other.
             return Ok(());
@@ -516,8 +519,7 @@ impl RequestsOut {
             plan.tried.push(plan.endpoint.address);
         }
         let endpoints = backend.endpoints(self.original_destination.is_ipv6());
-        // When all were tried, a retry may come back to one of them.
-        let tried = if plan.tried.len() >= endpoints.len() {
+        let tried = if back && plan.tried.len() >= endpoints.len() {
             &[][..]
         } else {
             &plan.tried
@@ -684,6 +686,16 @@ impl Handler for RequestsOut {
         if let Some(picked) = plan.picked.take() {
             picked.report(Report::Failure, now);
         }
+        // For the destination this attempt was a request of its own, as it is on another node.
+        if let Some(mut twin) = exchange.twin.take() {
+            match attempted {
+                Attempted::Status(status) => {
+                    twin.set_status(status.as_u16());
+                    twin.close(Outcome::Served);
+                }
+                Attempted::Failed(fault) => twin.close(Outcome::Refused(fault_refusal(fault))),
+            }
+        }
         true
     }
 
@@ -698,20 +710,18 @@ impl Handler for RequestsOut {
         (end.sent, end.received)
     }
 
+    fn answer(&self, fault: Fault) -> Reply {
+        replies::fault(fault)
+    }
+
     fn finish(&self, exchange: Exchange, end: End) {
         let Exchange {
-            mut record,
-            mut twin,
+            record,
+            twin,
             plan,
             refusal,
             failed,
         } = exchange;
-        if let Some(plan) = &plan {
-            // A retry may have gone elsewhere than was planned.
-            for record in twin.iter_mut().chain([&mut record]) {
-                record.set_endpoint(plan.endpoint.address);
-            }
-        }
         if let Some(picked) = plan.and_then(|plan| plan.picked) {
             let fault = matches!(
                 end.fault,
