@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use mesh_api::{
     identity::SpiffeId,
     wire::{CertificateReport, PodReport},
-    workload::Workload,
+    workload::{ObjectName, Workload},
 };
 use serde_json::json;
 use tokio::{
@@ -102,7 +102,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let issuer = Issuer::new(sync.client(), credentials.clone(), Arc::new(SystemClock));
     let keep = Keep::open(config.state_dir.join("credentials")).context("the directory of credentials")?;
     let bundle = sync.bundle();
-    let issuer = issuer.kept_in(keep, Some(bundle.borrow().clone()));
+    let issuer = issuer.kept_in(keep, Some(bundle.borrow().clone())).telling(events.clone());
     add_sources(&events, &kernel, &credentials, &traffic);
     events.add_source(Box::new(health.clone()));
 
@@ -139,7 +139,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
         let _ = worker.send(WorkerCommand::Drain).await;
     }
     let drained = trigger.finish(config.drain.patience, config.drain.grace).await;
-    trigger.close();
+    trigger.end();
     events.emit(Event::DrainEnded { left: drained.left });
     for task in [control, issuing, answering] {
         task.abort();
@@ -300,8 +300,33 @@ impl Keeper {
             *now = report;
             changed
         });
+        for event in pod_events(&self.statuses.borrow(), &statuses) {
+            self.events.emit(event);
+        }
         self.statuses.send_replace(statuses);
     }
+}
+
+/// What has happened to the pods between two looks at them.
+fn pod_events(before: &[PodStatus], now: &[PodStatus]) -> Vec<Event> {
+    let find = |all: &[PodStatus], name: &ObjectName| all.iter().find(|pod| pod.name == *name).cloned();
+    let mut events = Vec::new();
+    for pod in now {
+        let old = find(before, &pod.name);
+        let was_captured = old.as_ref().is_some_and(|old| old.captured);
+        let name = || pod.name.to_string();
+        if pod.captured {
+            events.extend((!was_captured).then(|| Event::PodCaptured { pod: name() }));
+        } else if !pod.enrolled {
+            events.extend(was_captured.then(|| Event::PodRetired { pod: name() }));
+        } else if old.is_none_or(|old| old.captured || !old.enrolled || old.reason != pod.reason) {
+            let reason = pod.reason.clone().unwrap_or_default();
+            events.push(Event::PodNotCaptured { pod: name(), reason });
+        }
+    }
+    let gone = before.iter().filter(|old| old.captured && find(now, &old.name).is_none());
+    events.extend(gone.map(|old| Event::PodRetired { pod: old.name.to_string() }));
+    events
 }
 
 /// The gauges that belong to no traffic.

@@ -84,8 +84,8 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
         stop.send_replace(true);
     }
     worker.tunnels.drain();
-    // Every connection holds a drain guard; the composition root bounds this wait.
-    worker.shared.drain.closing().await;
+    // Connections that must close still say so, to their ends and to the records; the composition root bounds this wait.
+    worker.shared.drain.over().await;
     maintenance.abort();
 }
 

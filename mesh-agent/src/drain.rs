@@ -1,7 +1,7 @@
 //! Drain: an owned handle that every task of the data path holds, and the signal that tells it to end.
 //!
-//! `Serving -> Draining -> Closing`. While draining, listeners take nothing new and connections end when their
-//! exchange does; when closing, the bound on patience is reached and they end now. The drain is over when the last
+//! `Serving -> Draining -> Closing -> Over`. While draining, listeners take nothing new and connections end when their
+//! exchange does; when closing, the bound on patience is reached and they end now; when over, nobody waits any more. The drain is over when the last
 //! [`Guard`] drops, so nobody counts by hand and a cancelled task cannot be forgotten. Never wait here without a bound.
 
 use std::{
@@ -25,6 +25,8 @@ pub enum Phase {
     Draining,
     /// What still runs must end now.
     Closing,
+    /// Everything has ended; what has not is abandoned.
+    Over,
 }
 
 #[derive(Debug)]
@@ -103,6 +105,11 @@ impl Trigger {
         self.0.advance(Phase::Closing);
     }
 
+    /// Lets go of what has not ended.
+    pub fn end(&self) {
+        self.0.advance(Phase::Over);
+    }
+
     /// The guards that are open.
     pub fn open(&self) -> usize {
         self.0.open.load(Ordering::Acquire)
@@ -147,6 +154,12 @@ impl Drain {
     pub fn closing(&self) -> impl Future<Output = ()> + Send + 'static {
         let shared = self.0.clone();
         async move { shared.reached(Phase::Closing).await }
+    }
+
+    /// Returns when the drain is over: whoever runs the connections' tasks may drop them.
+    pub fn over(&self) -> impl Future<Output = ()> + Send + 'static {
+        let shared = self.0.clone();
+        async move { shared.reached(Phase::Over).await }
     }
 
     /// The guards that are open.

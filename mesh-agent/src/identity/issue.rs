@@ -16,7 +16,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::watch;
 
 use super::{Credential, CredentialStore, TrustBundle, keep::Keep};
-use crate::net::Clock;
+use crate::{
+    event::{Event, Events},
+    net::Clock,
+};
 
 /// Requests in one call of the signer, at most.
 pub const BATCH_MAX: usize = 64;
@@ -134,6 +137,12 @@ impl Schedule {
         entry.due = now + backoff.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0));
     }
 
+    /// How long an identity may wait for its next attempt.
+    fn due_in(&self, identity: &SpiffeId, now: SystemTime) -> Duration {
+        let entry = self.entries.get(identity);
+        entry.and_then(|entry| entry.due.duration_since(now).ok()).unwrap_or_default()
+    }
+
     /// Failures in a row, for status.
     pub fn failures(&self, identity: &SpiffeId) -> u32 {
         self.entries.get(identity).map_or(0, |entry| entry.failures)
@@ -174,6 +183,7 @@ pub struct Issuer<S> {
     schedule: Schedule,
     bundle: Option<Arc<TrustBundle>>,
     keep: Option<Keep>,
+    events: Option<Arc<Events>>,
 }
 
 impl<S: Signer> Issuer<S> {
@@ -186,6 +196,7 @@ impl<S: Signer> Issuer<S> {
             schedule: Schedule::default(),
             bundle: None,
             keep: None,
+            events: None,
         }
     }
 
@@ -193,6 +204,12 @@ impl<S: Signer> Issuer<S> {
     pub fn kept_in(mut self, keep: Keep, bundle: Option<Arc<TrustBundle>>) -> Issuer<S> {
         self.keep = Some(keep);
         self.bundle = bundle;
+        self
+    }
+
+    /// Tells of every certificate that is issued, and of every one that is not.
+    pub fn telling(mut self, events: Arc<Events>) -> Issuer<S> {
+        self.events = Some(events);
         self
     }
 
@@ -317,6 +334,10 @@ impl<S: Signer> Issuer<S> {
                     now,
                     rand::random(),
                 );
+                if let Some(events) = &self.events {
+                    let valid_for = credential.expires().duration_since(now).unwrap_or_default();
+                    events.emit(Event::CredentialIssued { identity: pending.identity, valid_for });
+                }
                 self.store.put(credential);
             }
             Err(reason) => self.note_failure(&pending.identity, &reason),
@@ -324,9 +345,12 @@ impl<S: Signer> Issuer<S> {
     }
 
     fn note_failure(&mut self, identity: &SpiffeId, reason: &str) {
-        self.schedule.failed(identity, self.clock.wall(), rand::random());
-        let failures = self.schedule.failures(identity);
-        tracing::warn!(%identity, failures, reason, "no certificate");
+        let now = self.clock.wall();
+        self.schedule.failed(identity, now, rand::random());
+        if let Some(events) = &self.events {
+            let retry_in = self.schedule.due_in(identity, now);
+            events.emit(Event::CredentialFailed { identity: identity.clone(), reason: reason.to_owned(), retry_in });
+        }
     }
 }
 
