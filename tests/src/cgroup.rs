@@ -41,8 +41,9 @@ pub fn kill(path: &Path) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    fs::write(path.join("cgroup.kill"), "1").with_context(|| format!("kill the cgroup {}", path.display()))?;
     wait::until(&format!("the end of all in {}", path.display()), KILL_LIMIT, || {
+        // Again and again: a process may be on its way into the group.
+        fs::write(path.join("cgroup.kill"), "1").with_context(|| format!("kill the cgroup {}", path.display()))?;
         Ok((!populated(path)?).then_some(()))
     })
 }

@@ -214,7 +214,13 @@ pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child
         "--log-format=text".into(),
     ];
     argv.extend(state.agent_args.iter().cloned());
-    process::detach(site.run(&argv), &agent_log(lab, node))
+    let mut child = process::detach(site.run(&argv), &agent_log(lab, node))?;
+    // From here on, an empty cgroup means that the agent has ended.
+    wait::until(&format!("the agent of {node} in its cgroup"), START_LIMIT, || {
+        let is_there = cgroup::populated(&site.cgroup)? || child.try_wait()?.is_some();
+        Ok(is_there.then_some(()))
+    })?;
+    Ok(child)
 }
 
 /// Waits until an agent says that it is ready.
