@@ -319,6 +319,11 @@ pub trait Handler: 'static {
     /// Carries bytes both ways after a 101, until either side ends; returns bytes (from the source, to the source).
     async fn relay(&self, exchange: &mut Self::Exchange, source: Self::Source, target: Self::Target) -> (u64, u64);
 
+    /// What a source is told of a fault, while it can be told anything.
+    fn answer(&self, fault: Fault) -> Reply {
+        Reply::of(fault)
+    }
+
     /// The request is over. Called exactly once for each exchange.
     fn finish(&self, exchange: Self::Exchange, end: End);
 

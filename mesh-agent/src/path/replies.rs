@@ -31,6 +31,11 @@ pub fn refusal(refusal: Refusal, retry_after: Option<u64>) -> Reply {
     }
 }
 
+/// The answer to a request that an engine gave up.
+pub fn fault(fault: Fault) -> Reply {
+    Reply::of(fault).with_header(REFUSAL_HEADER, fault_refusal(fault).name())
+}
+
 /// The answer of a redirecting rule.
 pub fn redirect(status: u16, location: String) -> Reply {
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::FOUND);

@@ -237,6 +237,10 @@ impl Handler for RequestsIn {
         (end.sent, end.received)
     }
 
+    fn answer(&self, fault: Fault) -> Reply {
+        replies::fault(fault)
+    }
+
     fn finish(&self, exchange: Exchange, end: End) {
         let outcome = match (exchange.refusal, end.fault) {
             (Some(refusal), _) => Outcome::Refused(refusal),

@@ -303,7 +303,10 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                 Err(connect_failure) => {
                     let (reply, fault) = match connect_failure {
                         ConnectFailure::Reply(reply) => (reply, None),
-                        ConnectFailure::Late => (Reply::of(Fault::RequestTimeout), Some(Fault::RequestTimeout)),
+                        ConnectFailure::Late => {
+                            let fault = Fault::RequestTimeout;
+                            (self.handler.answer(fault), Some(fault))
+                        }
                     };
                     let (after, mut end) = Box::pin(self.reply_instead(head, &up, reply, end)).await;
                     end.fault = fault;
@@ -381,7 +384,10 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                 Outcome::Failed(fault) => {
                     drop(wire);
                     let (after, mut end) = match fault.status() {
-                        Some(_) if !answered => Box::pin(self.reply_instead(head, &up, Reply::of(fault), end)).await,
+                        Some(_) if !answered => {
+                            let reply = self.handler.answer(fault);
+                            Box::pin(self.reply_instead(head, &up, reply, end)).await
+                        }
                         _ => (After::Abort, end),
                     };
                     end.fault = Some(fault);
@@ -471,7 +477,7 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
     async fn refuse(&mut self, fault: Fault) -> Option<StatusCode> {
         let status = fault.status()?;
         let mut out = Vec::new();
-        write_reply(&Reply::of(fault), Version::Http11, false, false, &mut out);
+        write_reply(&self.handler.answer(fault), Version::Http11, false, false, &mut out);
         self.send(&out).await.ok()?;
         Some(status)
     }

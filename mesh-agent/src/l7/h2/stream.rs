@@ -95,7 +95,7 @@ pub(super) async fn run<H: Handler>(
     let to_head = parts.method == Method::HEAD;
     if let Err(defect) = head::check(&parts, limits.headers_max) {
         let fault = Fault::Request(defect);
-        answer.reply(&Reply::of(fault), grpc, to_head);
+        answer.reply(&handler.answer(fault), grpc, to_head);
         return handler.refused(fault, answer.end.status);
     }
     let over = stream.is_end_stream();
@@ -130,7 +130,7 @@ pub(super) async fn run<H: Handler>(
     let result = call.attempts(&mut exchange, &mut body, &mut answer).await;
     answer.end.request_bytes = body.bytes;
     if let Err(failure) = result {
-        answer.fail(failure, grpc, to_head);
+        answer.fail(&*handler, failure, grpc, to_head);
     }
     handler.finish(exchange, answer.end);
 }
@@ -454,7 +454,7 @@ impl Answer {
     }
 
     /// Tells the source of a failure, as far as that is still possible.
-    fn fail(&mut self, failure: Failure, grpc: bool, to_head: bool) {
+    fn fail(&mut self, handler: &impl Handler, failure: Failure, grpc: bool, to_head: bool) {
         let began = self.stream.is_some();
         match failure {
             Failure::Reply(reply) => self.reply(&reply, grpc, to_head),
@@ -469,7 +469,7 @@ impl Answer {
             Failure::Fault(fault) => {
                 self.end.fault = Some(fault);
                 match &mut self.stream {
-                    None => self.reply(&Reply::of(fault), grpc, to_head),
+                    None => self.reply(&handler.answer(fault), grpc, to_head),
                     Some(stream) if grpc => {
                         self.end.grpc_status = Some(fault.grpc().code());
                         let trailers = head::grpc_trailers(fault.grpc(), &fault.to_string());
