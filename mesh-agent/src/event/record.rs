@@ -27,7 +27,7 @@ use super::{
 const TEXT_BYTES_MAX: usize = 1024;
 
 /// What only the log line shows.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Details {
     pub(super) connection: u64,
     pub(super) source: Option<SocketAddr>,
@@ -313,6 +313,15 @@ impl RequestRecord {
             received: 0,
             attempts: 0,
         }
+    }
+
+    /// A record of the same request by other parties, opened now: what the destination's side tells of one attempt
+    /// where it is on the source's node.
+    pub fn beside(&self, parties: Arc<PartySet>) -> RequestRecord {
+        let mut beside = RequestRecord::open(self.common.events.clone(), parties, self.common.protocol);
+        beside.common.revision = self.common.revision;
+        beside.common.details = self.common.details.clone();
+        beside
     }
 
     shared_setters!();

@@ -13,7 +13,7 @@ use mesh_api::{
 };
 
 use crate::{
-    event::Refusal,
+    event::{ConnectionSecurity, Refusal},
     net::{ConnectError, SocketSource},
     pods::Pod,
     tls::HandshakeError,
@@ -30,6 +30,17 @@ pub enum Way {
     Tunnel(TunnelKey),
     /// It is not in the mesh, or not on this port.
     Plain,
+}
+
+impl Way {
+    /// How it is protected.
+    pub const fn security(&self) -> ConnectionSecurity {
+        match self {
+            Way::Local(..) => ConnectionSecurity::SameNode,
+            Way::Tunnel(_) => ConnectionSecurity::MutualTls,
+            Way::Plain => ConnectionSecurity::None,
+        }
+    }
 }
 
 /// Finds the way from a pod to an endpoint.
