@@ -249,6 +249,13 @@ pub fn behave(lab: &Lab, pod: &str, words: &str) -> Result<Json> {
     serde_json::from_str(&said).with_context(|| format!("{pod} behaves {words}: {said}"))
 }
 
+/// Makes a destination as one whose program crashed, and which the mesh still calls ready.
+pub fn fall_deaf(lab: &Lab, pod: &str) -> Result<()> {
+    lab.exec(pod, &["curl", "-sS", "--max-time", "10", "http://127.0.0.1:9900/deaf"])?
+        .ok()?;
+    Ok(())
+}
+
 /// One number of what a destination tells of itself.
 pub fn told(lab: &Lab, pod: &str, what: &str) -> Result<u64> {
     behave(lab, pod, "")?[what].as_u64().context("no such number")
@@ -264,7 +271,8 @@ pub fn apply(lab: &Lab, yaml: &str) -> Result<()> {
 
 /// Deletes a policy; returns when no agent holds it any more.
 pub fn delete(lab: &Lab, kind: &str, namespace: &str, name: &str) -> Result<()> {
-    lab.ctl(&["policy", "delete", kind, name, "-n", namespace, "--wait"])?.ok()?;
+    lab.ctl(&["policy", "delete", kind, name, "-n", namespace, "--wait"])?
+        .ok()?;
     Ok(())
 }
 
@@ -279,7 +287,10 @@ pub fn expect_growth(
 ) -> Result<()> {
     until("a metric", RECORDS_LIMIT, || {
         let grown = lab.metrics(node)?.sum(name, labels) - before.sum(name, labels);
-        ensure!(grown == want, "{name}{labels:?} on {node} grew by {grown}, expected {want}");
+        ensure!(
+            grown == want,
+            "{name}{labels:?} on {node} grew by {grown}, expected {want}"
+        );
         Ok(Some(()))
     })
 }

@@ -111,7 +111,10 @@ fn plaintext_is_refused_under_strict_and_served_under_permissive() -> Result<()>
         for (destination, node) in NEAR_AND_FAR {
             let host = lab.pod_ip(&format!("guard/{destination}"))?.to_string();
             let said = line(&lab, STRANGER, &host)?;
-            ensure!(said["answer"] == format!("{destination} hello"), "{destination}: {said}");
+            ensure!(
+                said["answer"] == format!("{destination} hello"),
+                "{destination}: {said}"
+            );
             let record = expect_record(
                 &lab,
                 node,
@@ -129,50 +132,68 @@ fn plaintext_is_refused_under_strict_and_served_under_permissive() -> Result<()>
         Ok(())
     });
 
-    checks.check("strict for the mesh: a pod outside of it is refused, and counted", || {
-        let mesh = "{group: nodemesh.io, kind: Mesh}";
-        apply(&lab, &mtls("mesh", "nodemesh-system", mesh, "{mode: strict}"))?;
-        let before = [lab.metrics("node-1")?, lab.metrics("node-2")?];
-        let served = ["guard/near", "guard/far"].map(|pod| told(&lab, pod, "served"));
-        let lines = ["guard/near", "guard/far"].map(|pod| told(&lab, pod, "lines"));
-        expect_served(&lab, &with(&|from, _, _| from == STRANGER))?;
-        for ((destination, node), before) in NEAR_AND_FAR.iter().zip(&before) {
-            let host = lab.pod_ip(&format!("guard/{destination}"))?.to_string();
-            let said = line(&lab, STRANGER, &host)?;
-            ensure!(said["how"] == "ConnectionResetError", "a line to {destination}: {said}");
-            // Two ports with HTTP and one with lines.
-            let reason = [("reason", "plaintext-refused")];
-            expect_growth(&lab, node, before, "nodemesh_agent_refusals_total", &reason, 3.0)?;
-            let record = [
-                ("nodemesh.refusal", json!("plaintext-refused")),
-                ("nodemesh.source.pod", json!("stranger")),
-                ("nodemesh.destination.pod", json!(destination)),
-                ("nodemesh.response_flags", json!("UAEX")),
-            ];
-            expect_record(&lab, node, &record)?;
-        }
-        for ((pod, served), lines) in ["guard/near", "guard/far"].iter().zip(served).zip(lines) {
-            ensure!(told(&lab, pod, "served")? == served? + 2, "only the friend's requests reached {pod}");
-            ensure!(told(&lab, pod, "lines")? == lines?, "a refused line reached {pod}");
-        }
-        Ok(())
-    });
+    checks.check(
+        "strict for the mesh: a pod outside of it is refused, and counted",
+        || {
+            let mesh = "{group: nodemesh.io, kind: Mesh}";
+            apply(&lab, &mtls("mesh", "nodemesh-system", mesh, "{mode: strict}"))?;
+            let before = [lab.metrics("node-1")?, lab.metrics("node-2")?];
+            let served = ["guard/near", "guard/far"].map(|pod| told(&lab, pod, "served"));
+            let lines = ["guard/near", "guard/far"].map(|pod| told(&lab, pod, "lines"));
+            expect_served(&lab, &with(&|from, _, _| from == STRANGER))?;
+            for ((destination, node), before) in NEAR_AND_FAR.iter().zip(&before) {
+                let host = lab.pod_ip(&format!("guard/{destination}"))?.to_string();
+                let said = line(&lab, STRANGER, &host)?;
+                ensure!(said["how"] == "ConnectionResetError", "a line to {destination}: {said}");
+                // Two ports with HTTP and one with lines.
+                let reason = [("reason", "plaintext-refused")];
+                expect_growth(&lab, node, before, "nodemesh_agent_refusals_total", &reason, 3.0)?;
+                let record = [
+                    ("nodemesh.refusal", json!("plaintext-refused")),
+                    ("nodemesh.source.pod", json!("stranger")),
+                    ("nodemesh.destination.pod", json!(destination)),
+                    ("nodemesh.response_flags", json!("UAEX")),
+                ];
+                expect_record(&lab, node, &record)?;
+            }
+            for ((pod, served), lines) in ["guard/near", "guard/far"].iter().zip(served).zip(lines) {
+                ensure!(
+                    told(&lab, pod, "served")? == served? + 2,
+                    "only the friend's requests reached {pod}"
+                );
+                ensure!(told(&lab, pod, "lines")? == lines?, "a refused line reached {pod}");
+            }
+            Ok(())
+        },
+    );
 
-    checks.check("under strict the kubelet of the pod's own node may probe, and nothing else", || {
-        let far = lab.pod_ip("guard/far")?;
-        let fetch = |place, port: u16| -> Result<String> {
-            let url = format!("http://{far}:{port}/healthz");
-            let output = lab.exec_in(place, &["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-m", "10", &url])?;
-            Ok(output.stdout)
-        };
-        ensure!(fetch(Place::Node("node-2"), WEB)? == "200", "its own node's probe");
-        ensure!(fetch(Place::Node("node-2"), WEB_UNDECLARED)? == "000", "a port without a probe");
-        ensure!(fetch(Place::Node("node-1"), WEB)? == "000", "another node");
-        Ok(())
-    });
+    checks.check(
+        "under strict the kubelet of the pod's own node may probe, and nothing else",
+        || {
+            let far = lab.pod_ip("guard/far")?;
+            let fetch = |place, port: u16| -> Result<String> {
+                let url = format!("http://{far}:{port}/healthz");
+                let output = lab.exec_in(
+                    place,
+                    &["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-m", "10", &url],
+                )?;
+                Ok(output.stdout)
+            };
+            ensure!(fetch(Place::Node("node-2"), WEB)? == "200", "its own node's probe");
+            ensure!(
+                fetch(Place::Node("node-2"), WEB_UNDECLARED)? == "000",
+                "a port without a probe"
+            );
+            ensure!(fetch(Place::Node("node-1"), WEB)? == "000", "another node");
+            Ok(())
+        },
+    );
 
     checks.check("permissive for the namespace wins over the mesh", || {
-        apply(&lab, &mtls("space", "guard", "{kind: Namespace, name: guard}", "{mode: permissive}"))?;
+        apply(
+            &lab,
+            &mtls("space", "guard", "{kind: Namespace, name: guard}", "{mode: permissive}"),
+        )?;
         expect_served(&lab, &with(&|_, _, _| false))
     });
 
@@ -186,14 +207,20 @@ fn plaintext_is_refused_under_strict_and_served_under_permissive() -> Result<()>
         let target = "{kind: Pod, selector: {matchLabels: {pod: far}}}";
         let ports = format!("{{mode: strict, ports: {{\"{WEB_UNDECLARED}\": permissive}}}}");
         apply(&lab, &mtls("far", "guard", target, &ports))?;
-        expect_served(&lab, &with(&|from, to, port| from == STRANGER && to == "far" && port == WEB))
+        expect_served(
+            &lab,
+            &with(&|from, to, port| from == STRANGER && to == "far" && port == WEB),
+        )
     });
 
     checks.check("strict for a port of a service", || {
         delete(&lab, "MeshPolicy", "guard", "far")?;
         let target = "{kind: Service, name: near, sectionName: http}";
         apply(&lab, &mtls("near", "guard", target, "{mode: strict}"))?;
-        expect_served(&lab, &with(&|from, to, port| from == STRANGER && to == "near" && port == WEB))
+        expect_served(
+            &lab,
+            &with(&|from, to, port| from == STRANGER && to == "near" && port == WEB),
+        )
     });
     checks.finish("mutual TLS modes");
     lab.down()
@@ -213,10 +240,16 @@ fn access_policies_decide_by_identity_port_method_and_path() -> Result<()> {
             let answers = get("/").times(3).ask(&lab, FOE, destination, 80)?;
             ensure!(statuses(&answers) == [(403, 3)].into(), "{destination}: {answers:?}");
             ensure!(answers[0].refusal() == "access-denied-request", "{answers:?}");
-            ensure!(rpc(&lab, FOE, destination, json!({}))? == ["PERMISSION_DENIED"], "{destination} by gRPC");
+            ensure!(
+                rpc(&lab, FOE, destination, json!({}))? == ["PERMISSION_DENIED"],
+                "{destination} by gRPC"
+            );
             let said = line(&lab, FOE, destination)?;
             ensure!(said["how"] == "ConnectionResetError", "{destination}: {said}");
-            ensure!(behave(&lab, &pod, "")? == before.0, "something of the foe's reached {destination}");
+            ensure!(
+                behave(&lab, &pod, "")? == before.0,
+                "something of the foe's reached {destination}"
+            );
 
             let labels = [
                 ("reporter", "destination"),
@@ -245,8 +278,14 @@ fn access_policies_decide_by_identity_port_method_and_path() -> Result<()> {
             }
 
             let answers = get("/").ask(&lab, FRIEND, destination, 80)?;
-            ensure!(answers[0].status == 200 && answers[0].from() == destination, "{answers:?}");
-            ensure!(rpc(&lab, FRIEND, destination, json!({}))? == [destination], "{destination} by gRPC");
+            ensure!(
+                answers[0].status == 200 && answers[0].from() == destination,
+                "{answers:?}"
+            );
+            ensure!(
+                rpc(&lab, FRIEND, destination, json!({}))? == [destination],
+                "{destination} by gRPC"
+            );
             let said = line(&lab, FRIEND, destination)?;
             ensure!(said["answer"] == format!("{destination} hello"), "{said}");
             let want = [
@@ -267,22 +306,37 @@ fn access_policies_decide_by_identity_port_method_and_path() -> Result<()> {
         expect_served(&lab, &ends.concat())
     });
 
-    checks.check("a pod outside of the mesh has no identity that could be allowed", || {
-        expect_served(&lab, &[(STRANGER, "near", WEB, 403), (STRANGER, "far", WEB, 403)])?;
-        let said = line(&lab, STRANGER, &lab.pod_ip("guard/far")?.to_string())?;
-        ensure!(said["how"] == "ConnectionResetError", "{said}");
-        Ok(())
-    });
+    checks.check(
+        "a pod outside of the mesh has no identity that could be allowed",
+        || {
+            expect_served(&lab, &[(STRANGER, "near", WEB, 403), (STRANGER, "far", WEB, 403)])?;
+            let said = line(&lab, STRANGER, &lab.pod_ip("guard/far")?.to_string())?;
+            ensure!(said["how"] == "ConnectionResetError", "{said}");
+            Ok(())
+        },
+    );
 
     checks.check("deny beats allow, by every reading of a path", || {
         let admin = format!("[{{to: [{{ports: [{WEB}], paths: [{{type: PathPrefix, value: /admin}}]}}]}}]");
         apply(&lab, &access_both("no-admin", "Deny", &admin))?;
-        let paths = ["/", "/administer", "/admin", "/admin/x", "//admin", "/a/../admin", "/%61dmin", "/a/%2e%2e/admin"];
+        let paths = [
+            "/",
+            "/administer",
+            "/admin",
+            "/admin/x",
+            "//admin",
+            "/a/../admin",
+            "/%61dmin",
+            "/a/%2e%2e/admin",
+        ];
         let asked = requests(paths.iter().map(|path| json!({"path": path})).collect());
         for (destination, node) in NEAR_AND_FAR {
             let answers = asked.ask(&lab, FRIEND, destination, 80)?;
             let found: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
-            ensure!(found == [200, 200, 403, 403, 403, 403, 403, 403], "{destination}: {found:?}");
+            ensure!(
+                found == [200, 200, 403, 403, 403, 403, 403, 403],
+                "{destination}: {found:?}"
+            );
             let want = [
                 ("nodemesh.rule", json!("accesspolicy/guard/no-admin/0")),
                 ("nodemesh.source.identity", json!(identity(FRIEND))),
@@ -290,7 +344,10 @@ fn access_policies_decide_by_identity_port_method_and_path() -> Result<()> {
             ];
             expect_record(&lab, node, &want)?;
             // The rule is about another port.
-            ensure!(line(&lab, FRIEND, destination)?["how"] == "answer", "a line to {destination}");
+            ensure!(
+                line(&lab, FRIEND, destination)?["how"] == "answer",
+                "a line to {destination}"
+            );
         }
         delete(&lab, "AccessPolicy", "guard", "no-admin")
     });
@@ -321,57 +378,69 @@ fn access_policies_decide_by_identity_port_method_and_path() -> Result<()> {
     checks.check("addresses", || {
         let rules = format!("[{{from: [{{cidrs: [\"{}/32\"]}}]}}]", lab.pod_ip(STRANGER)?);
         apply(&lab, &access_both("callers", "Allow", &rules))?;
-        let ends = [(STRANGER, 200), (FRIEND, 403)].map(|(from, want)| NEAR_AND_FAR.map(|(to, _)| (from, to, WEB, want)));
+        let ends =
+            [(STRANGER, 200), (FRIEND, 403)].map(|(from, want)| NEAR_AND_FAR.map(|(to, _)| (from, to, WEB, want)));
         expect_served(&lab, &ends.concat())
     });
 
-    checks.check("a change of policy ends the open flows whose permit is lost, and no others", || {
-        let both = "[{from: [{identities: [\"spiffe://cluster.local/ns/guard/*\"]}]}]";
-        apply(&lab, &access_both("callers", "Allow", both))?;
-        let mut flows = Vec::new();
-        for (destination, node) in NEAR_AND_FAR {
-            for from in [FRIEND, FOE] {
-                flows.push((from, destination, node, hold(&lab, from, destination)?));
-            }
-        }
-        apply(&lab, &access_both("callers", "Allow", friends))?;
-        for (from, destination, node, flow) in flows {
-            let place = format!("{from} to {destination}");
-            if from == FRIEND {
-                // It goes on: more lines are answered after the change.
-                ensure!(line(&lab, FRIEND, destination)?["how"] == "answer", "{place}: a new flow");
-                let end = end_of(&flow.interrupt(CUT_LIMIT)?.stdout)?;
-                ensure!(end["how"] == "stopped", "{place}: {end}");
-                continue;
-            }
-            let end = end_of(&flow.wait(CUT_LIMIT)?.stdout)?;
-            ensure!(end["how"] == "ConnectionResetError", "{place}: {end}");
-            let want = [
-                ("nodemesh.refusal", json!("permit-lost")),
-                ("nodemesh.source.identity", json!(identity(FOE))),
-                ("nodemesh.destination.pod", json!(destination)),
-            ];
-            expect_record(&lab, node, &want)?;
-        }
-        Ok(())
-    });
-
-    checks.check("a kept connection's next request is judged by the newest policy", || {
-        let both = "[{from: [{identities: [\"spiffe://cluster.local/ns/guard/*\"]}]}]";
-        for (destination, _) in NEAR_AND_FAR {
-            let pod = format!("guard/{destination}");
+    checks.check(
+        "a change of policy ends the open flows whose permit is lost, and no others",
+        || {
+            let both = "[{from: [{identities: [\"spiffe://cluster.local/ns/guard/*\"]}]}]";
             apply(&lab, &access_both("callers", "Allow", both))?;
-            behave(&lab, &pod, "hold=1")?;
-            let asking = get("/").times(2).start(&lab, FOE, destination, 80)?;
-            until("the first request", CUT_LIMIT, || Ok((told(&lab, &pod, "waiting")? == 1).then_some(())))?;
+            let mut flows = Vec::new();
+            for (destination, node) in NEAR_AND_FAR {
+                for from in [FRIEND, FOE] {
+                    flows.push((from, destination, node, hold(&lab, from, destination)?));
+                }
+            }
             apply(&lab, &access_both("callers", "Allow", friends))?;
-            behave(&lab, &pod, "hold=0")?;
-            let answers = actors::answers(&asking.wait(CUT_LIMIT)?.ok()?)?;
-            let found: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
-            ensure!(found == [200, 403], "{destination}: {found:?}");
-        }
-        Ok(())
-    });
+            for (from, destination, node, flow) in flows {
+                let place = format!("{from} to {destination}");
+                if from == FRIEND {
+                    // It goes on: more lines are answered after the change.
+                    ensure!(
+                        line(&lab, FRIEND, destination)?["how"] == "answer",
+                        "{place}: a new flow"
+                    );
+                    let end = end_of(&flow.interrupt(CUT_LIMIT)?.stdout)?;
+                    ensure!(end["how"] == "stopped", "{place}: {end}");
+                    continue;
+                }
+                let end = end_of(&flow.wait(CUT_LIMIT)?.stdout)?;
+                ensure!(end["how"] == "ConnectionResetError", "{place}: {end}");
+                let want = [
+                    ("nodemesh.refusal", json!("permit-lost")),
+                    ("nodemesh.source.identity", json!(identity(FOE))),
+                    ("nodemesh.destination.pod", json!(destination)),
+                ];
+                expect_record(&lab, node, &want)?;
+            }
+            Ok(())
+        },
+    );
+
+    checks.check(
+        "a kept connection's next request is judged by the newest policy",
+        || {
+            let both = "[{from: [{identities: [\"spiffe://cluster.local/ns/guard/*\"]}]}]";
+            for (destination, _) in NEAR_AND_FAR {
+                let pod = format!("guard/{destination}");
+                apply(&lab, &access_both("callers", "Allow", both))?;
+                behave(&lab, &pod, "hold=1")?;
+                let asking = get("/").times(2).start(&lab, FOE, destination, 80)?;
+                until("the first request", CUT_LIMIT, || {
+                    Ok((told(&lab, &pod, "waiting")? == 1).then_some(()))
+                })?;
+                apply(&lab, &access_both("callers", "Allow", friends))?;
+                behave(&lab, &pod, "hold=0")?;
+                let answers = actors::answers(&asking.wait(CUT_LIMIT)?.ok()?)?;
+                let found: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
+                ensure!(found == [200, 403], "{destination}: {found:?}");
+            }
+            Ok(())
+        },
+    );
     checks.finish("access");
     lab.down()
 }
@@ -386,7 +455,9 @@ fn steal(lab: &Lab, node: &str, identity: &str, into: &Path) -> Result<Credentia
     let kept = lab.directory().join("agents").join(node).join("state/credentials");
     let found = until("a kept credential", CUT_LIMIT, || {
         let entries = fs::read_dir(&kept)?.collect::<std::io::Result<Vec<_>>>()?;
-        let kept = entries.iter().filter_map(|entry| serde_json::from_slice::<Json>(&fs::read(entry.path()).ok()?).ok());
+        let kept = entries
+            .iter()
+            .filter_map(|entry| serde_json::from_slice::<Json>(&fs::read(entry.path()).ok()?).ok());
         Ok(kept.into_iter().find(|kept| kept["identity"] == identity))
     })?;
     let bytes = |value: &Json| serde_json::from_value::<Vec<u8>>(value.clone());
@@ -407,19 +478,49 @@ fn forge(identity: &str, issuer: &str, into: &Path) -> Result<Credential> {
     let path = |name: &str| text(&into.join(name));
     fs::write(
         into.join("forged.ext"),
-        format!("subjectAltName=critical,URI:{identity}\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n"),
+        format!(
+            "subjectAltName=critical,URI:{identity}\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n"
+        ),
     )?;
     let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"];
     let (ca_key, ca) = (path("ca.key"), path("ca.pem"));
-    openssl(&[&["req", "-x509"], &key[..], &["-keyout", &ca_key, "-out", &ca, "-days", "2", "-subj", issuer]].concat())?;
+    openssl(
+        &[
+            &["req", "-x509"],
+            &key[..],
+            &["-keyout", &ca_key, "-out", &ca, "-days", "2", "-subj", issuer],
+        ]
+        .concat(),
+    )?;
     let (leaf_key, request) = (path("leaf.key"), path("leaf.csr"));
-    openssl(&[&["req"], &key[..], &["-keyout", &leaf_key, "-out", &request, "-subj", "/CN=friend"]].concat())?;
+    openssl(
+        &[
+            &["req"],
+            &key[..],
+            &["-keyout", &leaf_key, "-out", &request, "-subj", "/CN=friend"],
+        ]
+        .concat(),
+    )?;
     let leaf = openssl(&[
-        "x509", "-req", "-in", &request, "-CA", &ca, "-CAkey", &ca_key, "-CAcreateserial", "-days", "1", "-extfile",
+        "x509",
+        "-req",
+        "-in",
+        &request,
+        "-CA",
+        &ca,
+        "-CAkey",
+        &ca_key,
+        "-CAcreateserial",
+        "-days",
+        "1",
+        "-extfile",
         &path("forged.ext"),
     ])?;
     let file = into.join("forged.pem");
-    fs::write(&file, fs::read_to_string(&leaf_key)? + &leaf + &fs::read_to_string(&ca)?)?;
+    fs::write(
+        &file,
+        fs::read_to_string(&leaf_key)? + &leaf + &fs::read_to_string(&ca)?,
+    )?;
     Ok(Credential { file })
 }
 
@@ -428,7 +529,10 @@ fn text(path: &Path) -> String {
 }
 
 fn openssl(arguments: &[&str]) -> Result<String> {
-    let output = Command::new("openssl").args(arguments).output().context("run openssl")?;
+    let output = Command::new("openssl")
+        .args(arguments)
+        .output()
+        .context("run openssl")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "openssl {arguments:?}: {said}");
     Ok(String::from_utf8(output.stdout)?)
@@ -464,14 +568,23 @@ fn impersonate(lab: &Lab, from: &From, host: &str, alpn: &str, credential: Optio
 fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
     /// The shortest life with time enough to steal a certificate and use it.
     const LIFE: &str = "--svid-ttl=12s";
-    let config = LabConfig { controller_args: vec![LIFE.into()], ..LabConfig::test("certificates") };
+    let config = LabConfig {
+        controller_args: vec![LIFE.into()],
+        ..LabConfig::test("certificates")
+    };
     let lab = Lab::up(config.manifest(documents()))?;
     let mut checks = Checks::default();
     let files = tempfile::tempdir()?;
     let friends = "[{from: [{identities: [\"spiffe://cluster.local/ns/guard/sa/friend\"]}]}]";
     let strict = mtls("strict", "guard", "{kind: Namespace, name: guard}", "{mode: strict}");
-    apply(&lab, &format!("---\n{strict}{}", access_both("callers", "Allow", friends)))?;
-    let (near, far) = (lab.pod_ip("guard/near")?.to_string(), lab.pod_ip("guard/far")?.to_string());
+    apply(
+        &lab,
+        &format!("---\n{strict}{}", access_both("callers", "Allow", friends)),
+    )?;
+    let (near, far) = (
+        lab.pod_ip("guard/near")?.to_string(),
+        lab.pod_ip("guard/far")?.to_string(),
+    );
     let own = From::AgentIn(FRIEND, "node-1");
     let stolen = || steal(&lab, "node-1", &identity(FRIEND), files.path());
 
@@ -485,9 +598,15 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
             let refusal = [("reason", reason)];
             expect_growth(&lab, node, &before.0, "nodemesh_agent_refusals_total", &refusal, 1.0)
                 .with_context(|| format!("{alpn} to {pod}: {said}"))?;
-            let record = [("nodemesh.refusal", json!(reason)), ("nodemesh.reporter", json!("destination"))];
+            let record = [
+                ("nodemesh.refusal", json!(reason)),
+                ("nodemesh.reporter", json!("destination")),
+            ];
             let record = expect_record(&lab, node, &record)?;
-            ensure!(record["nodemesh.source.identity"].is_null(), "nothing was proven: {record}");
+            ensure!(
+                record["nodemesh.source.identity"].is_null(),
+                "nothing was proven: {record}"
+            );
             ensure!(behave(&lab, pod, "")? == before.1, "{alpn}: something reached {pod}");
         }
         Ok(())
@@ -495,23 +614,34 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
     let far_end = ("guard/far", far.as_str(), "node-2");
     let near_end = ("guard/near", near.as_str(), "node-1");
 
-    checks.check("the right certificate from the right address is a tunnel: the other checks can fail", || {
-        let said = impersonate(&lab, &own, &far, "nodemesh-http/1", Some(&stolen()?))?;
-        let answer = said["answer"].as_str().unwrap_or_default();
-        ensure!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"/tunnel\""), "{said}");
-        let want = [
-            ("url.path", json!("/tunnel")),
-            ("nodemesh.source.identity", json!(identity(FRIEND))),
-            ("nodemesh.connection.security", json!("mutual_tls")),
-        ];
-        expect_record(&lab, "node-2", &want).map(drop)
-    });
+    checks.check(
+        "the right certificate from the right address is a tunnel: the other checks can fail",
+        || {
+            let said = impersonate(&lab, &own, &far, "nodemesh-http/1", Some(&stolen()?))?;
+            let answer = said["answer"].as_str().unwrap_or_default();
+            ensure!(
+                answer.starts_with("HTTP/1.1 200") && answer.contains("\"/tunnel\""),
+                "{said}"
+            );
+            let want = [
+                ("url.path", json!("/tunnel")),
+                ("nodemesh.source.identity", json!(identity(FRIEND))),
+                ("nodemesh.connection.security", json!("mutual_tls")),
+            ];
+            expect_record(&lab, "node-2", &want).map(drop)
+        },
+    );
     checks.check("a stolen certificate from a pod outside of the mesh", || {
         refused(&From::Pod(STRANGER), far_end, Some(&stolen()?), "identity-mismatch")?;
         refused(&From::Pod(STRANGER), near_end, Some(&stolen()?), "identity-mismatch")
     });
     checks.check("a stolen certificate from another pod's address", || {
-        refused(&From::AgentIn(FOE, "node-1"), far_end, Some(&stolen()?), "identity-mismatch")
+        refused(
+            &From::AgentIn(FOE, "node-1"),
+            far_end,
+            Some(&stolen()?),
+            "identity-mismatch",
+        )
     });
     checks.check("a stolen certificate from an address of no workload", || {
         refused(&From::Node("node-1"), far_end, Some(&stolen()?), "unknown-source")
@@ -541,14 +671,20 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
         })?;
         refused(&own, far_end, Some(&old), "source-handshake-failed")?;
         // The owner has a new one since.
-        ensure!(statuses(&get("/").times(5).ask(&lab, FRIEND, "far", 80)?) == [(200, 5)].into(), "the owner");
+        ensure!(
+            statuses(&get("/").times(5).ask(&lab, FRIEND, "far", 80)?) == [(200, 5)].into(),
+            "the owner"
+        );
         Ok(())
     });
-    checks.check("a pod cannot use a certificate that it stole: its own agent carries the bytes under its own name", || {
-        let said = impersonate(&lab, &From::Pod(FOE), &far, "nodemesh-http/1", Some(&stolen()?))?;
-        ensure!(said["how"] != "answer", "{said}");
-        Ok(())
-    });
+    checks.check(
+        "a pod cannot use a certificate that it stole: its own agent carries the bytes under its own name",
+        || {
+            let said = impersonate(&lab, &From::Pod(FOE), &far, "nodemesh-http/1", Some(&stolen()?))?;
+            ensure!(said["how"] != "answer", "{said}");
+            Ok(())
+        },
+    );
     checks.finish("certificates");
     lab.down()
 }
