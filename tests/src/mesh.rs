@@ -131,7 +131,7 @@ pub fn start_controller(state: &State, lab_cgroup: &Path) -> Result<Child> {
         format!("--operator-socket={}", operator_socket(lab).display()),
     ];
     argv.extend(state.controller_args.iter().cloned());
-    let child = process::detach(site.run(&argv), &controller_log(lab))?;
+    let child = start_in(&site, &argv, &controller_log(lab))?;
     wait::until("the controller's start", START_LIMIT, || {
         if !cgroup::populated(&site.cgroup)? {
             bail!("the controller ended:\n{}", tail(&controller_log(lab)));
@@ -214,11 +214,16 @@ pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child
         "--log-format=text".into(),
     ];
     argv.extend(state.agent_args.iter().cloned());
-    let mut child = process::detach(site.run(&argv), &agent_log(lab, node))?;
-    // From here on, an empty cgroup means that the agent has ended.
-    wait::until(&format!("the agent of {node} in its cgroup"), START_LIMIT, || {
-        let is_there = cgroup::populated(&site.cgroup)? || child.try_wait()?.is_some();
-        Ok(is_there.then_some(()))
+    start_in(&site, &argv, &agent_log(lab, node))
+}
+
+/// Starts a program and returns when it is in its cgroup: from then on, an empty cgroup means that it has ended.
+fn start_in(site: &Site, argv: &[String], log: &Path) -> Result<Child> {
+    let mut child = process::detach(site.run(argv), log)?;
+    let what = format!("{} in its cgroup", argv.first().map_or("a program", String::as_str));
+    wait::until(&what, START_LIMIT, || {
+        let there = cgroup::populated(&site.cgroup)? || child.try_wait()?.is_some();
+        Ok(there.then_some(()))
     })?;
     Ok(child)
 }
