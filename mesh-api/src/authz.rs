@@ -191,6 +191,16 @@ impl AccessRules {
         self.revision
     }
 
+    /// Whether they decide alike, in whichever revision.
+    fn same_as(&self, other: &AccessRules) -> bool {
+        let rules =
+            |a: &[NamedRule], b: &[NamedRule]| a.iter().map(|named| &named.rule).eq(b.iter().map(|named| &named.rule));
+        let allows = |otherwise: &Otherwise| matches!(otherwise, Otherwise::Allow);
+        rules(&self.deny, &other.deny)
+            && rules(&self.allow, &other.allow)
+            && allows(&self.otherwise) == allows(&other.otherwise)
+    }
+
     fn permit(&self, rule: &RuleId) -> Decision {
         Decision::Permit(Permit {
             rule: rule.clone(),
@@ -265,6 +275,16 @@ pub fn decide_flow(inbound: &InboundPolicy, source: &SourceAttributes<'_>) -> Re
                 reason,
             })
         }
+    }
+}
+
+/// Whether what was permitted by `then` still is, of a request that cannot be shown again: it became a flow of its own
+/// (an upgrade). Where the answer hangs on the request, only unchanged rules leave no doubt.
+pub fn still_permits(then: &AccessRules, now: &InboundPolicy, source: &SourceAttributes<'_>) -> bool {
+    match decide(now, source, None) {
+        Decision::Permit(_) => true,
+        Decision::Denied(_) => false,
+        Decision::NeedsRequest => now.access.same_as(then),
     }
 }
 

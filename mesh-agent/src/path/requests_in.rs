@@ -6,7 +6,11 @@ use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc};
 
 use bytes::Bytes;
 use http::StatusCode;
-use mesh_api::{authz::Permit, request::Request, view::View};
+use mesh_api::{
+    authz::{AccessRules, Permit, still_permits},
+    request::Request,
+    view::View,
+};
 
 use super::{
     deliver,
@@ -24,7 +28,7 @@ use crate::{
         self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, Verdict, Version,
         detect::Sniff, headers::ClientCert,
     },
-    relay,
+    relay::{self, How},
     transport::Transport,
     worker::Worker,
 };
@@ -43,6 +47,8 @@ pub struct RequestsIn {
 pub struct Exchange {
     record: RequestRecord,
     permit: Option<Permit>,
+    /// The rules that gave the permit.
+    access: Arc<AccessRules>,
     refusal: Option<Refusal>,
 }
 
@@ -146,6 +152,7 @@ impl RequestsIn {
                     Exchange {
                         record,
                         permit: Some(permit),
+                        access: policy.access,
                         refusal: None,
                     },
                 )
@@ -158,6 +165,7 @@ impl RequestsIn {
                     Exchange {
                         record,
                         permit: None,
+                        access: policy.access,
                         refusal: Some(denial.refusal),
                     },
                 )
@@ -230,10 +238,19 @@ impl Handler for RequestsIn {
         *self.app.borrow_mut() = Some(wire);
     }
 
-    async fn relay(&self, _exchange: &mut Exchange, source: Transport, target: TargetStream) -> (u64, u64) {
-        let stop = stop(self.worker(), |_| false);
+    async fn relay(&self, exchange: &mut Exchange, source: Transport, target: TargetStream) -> (u64, u64) {
+        let Arrival { pod, local, .. } = &self.arrival;
+        let attributes = self.arrival.attributes();
+        let lost = |view: &View| {
+            let now = view.inbound(pod.name(), local.port());
+            !still_permits(&exchange.access, &now, &attributes)
+        };
+        let stop = stop(self.worker(), lost);
         let idle = self.worker().shared.config.idle_timeout;
         let end = relay::relay(source, target, &relay::Counters::default(), idle, stop).await;
+        if end.how == How::PermitLost {
+            exchange.refusal = Some(Refusal::PermitLost);
+        }
         (end.sent, end.received)
     }
 

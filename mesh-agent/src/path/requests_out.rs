@@ -9,7 +9,7 @@ use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use http::StatusCode;
 use mesh_api::{
-    authz::Permit,
+    authz::{Permit, still_permits},
     backend::Backend,
     request::Request,
     resilience::{RetryOn, RetrySettings},
@@ -36,7 +36,7 @@ use crate::{
         Verdict, Version,
     },
     pods::Pod,
-    relay,
+    relay::{self, How},
     traffic::{Admission, ConnectionGuard, Picked, Report, RetryGuard},
     transport::Transport,
     tunnel::pool::H2StreamGuard,
@@ -703,10 +703,23 @@ impl Handler for RequestsOut {
         exchange.failed = status.is_server_error();
     }
 
-    async fn relay(&self, _exchange: &mut Exchange, source: Transport, target: TargetStream) -> (u64, u64) {
-        let stop = super::outbound::stop(&self.worker, |_| false);
+    async fn relay(&self, exchange: &mut Exchange, source: Transport, target: TargetStream) -> (u64, u64) {
+        let attributes = attributes(&self.pod, self.source);
+        let plan = exchange.plan.as_deref();
+        let lost = |view: &View| match plan.map(|plan| (&plan.way, &plan.endpoint)) {
+            Some((Way::Local(pod, policy), endpoint)) => {
+                let now = view.inbound(pod.name(), endpoint.address.port());
+                !still_permits(&policy.access, &now, &attributes)
+            }
+            // The destination's agent judges.
+            _ => false,
+        };
+        let stop = super::outbound::stop(&self.worker, lost);
         let idle = self.worker.shared.config.idle_timeout;
         let end = relay::relay(source, target, &relay::Counters::default(), idle, stop).await;
+        if end.how == How::PermitLost {
+            exchange.refusal = Some(Refusal::PermitLost);
+        }
         (end.sent, end.received)
     }
 
