@@ -227,13 +227,22 @@ pub fn rpc(lab: &Lab, pod: &str, host: &str, plan: Json) -> Result<Vec<String>> 
 
 /// Opens a TCP flow that goes on beside the test; returns when the destination has answered on it once.
 pub fn hold(lab: &Lab, pod: &str, host: &str) -> Result<Background> {
-    let flow = lab.exec_background(pod, &[PYTHON, "-u", PROGRAM, "hold", host, &LINES.to_string()])?;
+    start_hold(lab, pod, &[host, &LINES.to_string()])
+}
+
+fn start_hold(lab: &Lab, pod: &str, words: &[&str]) -> Result<Background> {
+    let flow = lab.exec_background(pod, &[&[PYTHON, "-u", PROGRAM, "hold"], words].concat())?;
     until("an open flow", RECORDS_LIMIT, || {
         let said = flow.stdout();
         ensure!(!said.contains("how"), "{said}");
         Ok(said.starts_with("open").then_some(()))
     })?;
     Ok(flow)
+}
+
+/// Opens an HTTP connection that is upgraded to lines and goes on beside the test; returns when it is used.
+pub fn hold_upgraded(lab: &Lab, pod: &str, host: &str) -> Result<Background> {
+    start_hold(lab, pod, &[host, "80", "upgrade"])
 }
 
 /// What a flow of [`hold`] says of its end.

@@ -13,8 +13,8 @@ use anyhow::{Context, Result, ensure};
 use mesh_tests::{
     Checks, Lab, LabConfig, Place,
     actors::{
-        self, LINES, WEB, WEB_UNDECLARED, apply, behave, delete, end_of, expect_growth, expect_record, get, hold, line,
-        requests, rpc, statuses, told,
+        self, LINES, WEB, WEB_UNDECLARED, apply, behave, delete, end_of, expect_growth, expect_record, get, hold,
+        hold_upgraded, line, requests, rpc, statuses, told,
     },
     mesh, until,
 };
@@ -417,6 +417,50 @@ fn access_policies_decide_by_identity_port_method_and_path() -> Result<()> {
                 expect_record(&lab, node, &want)?;
             }
             Ok(())
+        },
+    );
+
+    checks.check(
+        "an upgraded connection ends with its permit, also where a rule looks at requests",
+        || {
+            let both = "[{from: [{identities: [\"spiffe://cluster.local/ns/guard/*\"]}], to: [{methods: [GET]}]}]";
+            for rules in [
+                friends,
+                "[{from: [{identities: [\"spiffe://cluster.local/ns/guard/*\"]}], to: [{methods: [POST]}]}]",
+            ] {
+                apply(&lab, &access_both("callers", "Allow", both))?;
+                let flows = [hold_upgraded(&lab, FOE, "near")?, hold_upgraded(&lab, FOE, "far")?];
+                // A revision that changes nothing for them.
+                apply(
+                    &lab,
+                    &access(
+                        "other",
+                        "{kind: Pod, selector: {matchLabels: {app: friend}}}",
+                        "Allow",
+                        "[]",
+                    ),
+                )?;
+                for flow in &flows {
+                    ensure!(!flow.stdout().contains("how"), "ended too early: {}", flow.stdout());
+                }
+                apply(&lab, &access_both("callers", "Allow", rules))?;
+                for (flow, (destination, node)) in flows.into_iter().zip(NEAR_AND_FAR) {
+                    let end = end_of(&flow.wait(CUT_LIMIT)?.stdout)?;
+                    ensure!(
+                        end["how"] == "ConnectionResetError",
+                        "{destination}: {end}"
+                    );
+                    let want = [
+                        ("nodemesh.refusal", json!("permit-lost")),
+                        ("url.path", json!("/upgrade")),
+                        ("nodemesh.reporter", json!("destination")),
+                        ("nodemesh.source.identity", json!(identity(FOE))),
+                        ("nodemesh.destination.pod", json!(destination)),
+                    ];
+                    expect_record(&lab, node, &want)?;
+                }
+            }
+            delete(&lab, "AccessPolicy", "guard", "other")
         },
     );
 
