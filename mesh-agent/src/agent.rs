@@ -25,7 +25,7 @@ use crate::{
     drain::{self, Drain},
     event::{AccessLog, Event, Events, EventsConfig, Samples},
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
-    kernel::{Kernel, KernelConfig, node_addresses},
+    kernel::{self, Kernel, KernelConfig, node_addresses},
     net::SystemClock,
     pods::{PodStatus, Pods, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
@@ -124,6 +124,9 @@ async fn serve(config: AgentConfig) -> Result<()> {
         statuses: pods_out,
     };
     let keeping = tokio::task::spawn_local(keeper.run());
+    if let Some(logger) = kernel.take_logger() {
+        tokio::task::spawn_local(kernel::log::forward(logger));
+    }
     events.emit(Event::Started {
         version: env!("CARGO_PKG_VERSION"),
     });

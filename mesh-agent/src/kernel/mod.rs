@@ -9,6 +9,7 @@
 mod cgroup;
 mod links;
 mod load;
+pub mod log;
 mod maps;
 mod sys;
 
@@ -192,7 +193,7 @@ pub struct ReasonCount {
 }
 
 /// Reads the kernel programs' log lines into the `log` facade, which tracing-subscriber takes in.
-pub type KernelLogger = EbpfLogger<&'static dyn log::Log>;
+pub type KernelLogger = EbpfLogger<&'static dyn ::log::Log>;
 
 /// The loaded and attached kernel programs of one agent.
 pub struct Kernel {
