@@ -12,6 +12,7 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
+    time::Instant,
 };
 
 use crate::{
@@ -30,6 +31,20 @@ pub const COMMANDS_MAX: usize = 1024;
 const REST: Duration = Duration::from_millis(50);
 /// How long a listener must have been empty after its pod's retirement before it closes.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long connections that wait in a listener's queue are still taken when the agent drains. The kernel goes on sending
+/// new ones, so the listener must close although it is never empty: from then on they are refused.
+const LAST_CALL: Duration = Duration::from_millis(20);
+
+/// Until when a listener accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Until {
+    /// As long as its pod is served.
+    Retirement,
+    /// The pod is retired, nothing new is sent here: until the queue has been empty for a while.
+    Empty,
+    /// The agent drains: until then, whatever comes.
+    Moment(Instant),
+}
 
 /// Which way a listener's connections go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,29 +74,30 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
     let worker = Worker::new(shared);
     let tunnels = worker.tunnels.clone();
     let maintenance = tokio::task::spawn_local(async move { tunnels.maintain().await });
-    let mut serving: HashMap<NetnsCookie, watch::Sender<bool>> = HashMap::new();
+    let mut serving: HashMap<NetnsCookie, watch::Sender<Until>> = HashMap::new();
     while let Some(command) = commands.recv().await {
         match command {
             WorkerCommand::Serve(listeners) => {
                 let stop = serving
                     .entry(listeners.pod.cookie())
-                    .or_insert_with(|| watch::Sender::new(false));
-                if *stop.borrow() {
+                    .or_insert_with(|| watch::Sender::new(Until::Retirement));
+                if *stop.borrow() != Until::Retirement {
                     // The pod was retired and came back: the old acceptors end, new ones get a signal of their own.
-                    *stop = watch::Sender::new(false);
+                    *stop = watch::Sender::new(Until::Retirement);
                 }
                 serve(&worker, listeners, stop.subscribe());
             }
             WorkerCommand::Retire(cookie) => {
                 if let Some(stop) = serving.remove(&cookie) {
-                    stop.send_replace(true);
+                    stop.send_replace(Until::Empty);
                 }
             }
             WorkerCommand::Drain => break,
         }
     }
+    let last = Until::Moment(Instant::now() + LAST_CALL);
     for stop in serving.values() {
-        stop.send_replace(true);
+        stop.send_replace(last);
     }
     worker.tunnels.drain();
     // Connections that must close still say so, to their ends and to the records; the composition root bounds this wait.
@@ -89,8 +105,8 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
     maintenance.abort();
 }
 
-/// Accepts on all of a pod's listeners until `stop` says that the pod is retired.
-fn serve(worker: &Rc<Worker>, listeners: PodListeners, stop: watch::Receiver<bool>) {
+/// Accepts on all of a pod's listeners until `stop` says otherwise.
+fn serve(worker: &Rc<Worker>, listeners: PodListeners, stop: watch::Receiver<Until>) {
     let PodListeners {
         pod,
         outbound,
@@ -122,17 +138,30 @@ async fn accept(
     pod: Arc<Pod>,
     listener: TcpListener,
     direction: Direction,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Until>,
 ) {
+    let mut drains = None;
     loop {
         let place = worker.place().await;
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            biased;
             // An error means that the sender is gone: the worker ends.
-            _ = stop.wait_for(|stop| *stop) => match tokio::time::timeout(LINGER, listener.accept()).await {
-                Ok(accepted) => accepted,
-                Err(_) => return,
-            },
+            until = async { stop.wait_for(|until| *until != Until::Retirement).await.map(|until| *until) } => {
+                let last = match until {
+                    Ok(Until::Moment(moment)) if moment <= Instant::now() => return,
+                    Ok(Until::Moment(moment)) => {
+                        // Those that wait are part of what the drain waits for.
+                        drains.get_or_insert_with(|| worker.shared.drain.guard());
+                        moment
+                    }
+                    Ok(Until::Retirement | Until::Empty) | Err(_) => Instant::now() + LINGER,
+                };
+                match tokio::time::timeout_at(last, listener.accept()).await {
+                    Ok(accepted) => accepted,
+                    Err(_) => return,
+                }
+            }
+            accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((stream, source)) => {
