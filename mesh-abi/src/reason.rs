@@ -48,7 +48,7 @@ reasons! {
     OutboundLinkLocal = 5, "outbound-link-local", pass;
     /// Outbound: no agent listens and the fail mode is pass.
     OutboundAgentAbsentPass = 6, "outbound-agent-absent-pass", pass;
-    /// Outbound: the agent has no listener of the destination's family (`ENETUNREACH`).
+    /// Outbound: the agent has no listener that this socket can reach, of its family or from its device (`ENETUNREACH`).
     OutboundNoListener = 7, "outbound-no-listener", refuse;
     /// Outbound: the original destination could not be kept (`ENOBUFS`).
     OutboundNoMemory = 8, "outbound-no-memory", refuse;

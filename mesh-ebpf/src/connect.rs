@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | network namespace not enrolled (map miss) | untouched |
 //! | loopback, the pod's own address, excluded port, the agent's own socket | passes as asked |
-//! | no agent listener of that family | `ENETUNREACH` |
+//! | no agent listener of that family, or bound to a device that it cannot be taken off | `ENETUNREACH` |
 //! | the original destination cannot be kept (no memory) | `ENOBUFS` |
 //! | no agent listens, fail mode refuse | `ECONNREFUSED`, by the kernel itself |
 //! | no agent listens, fail mode pass | passes as asked |
@@ -13,7 +13,9 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock_addr, bpf_sock_tuple},
-    helpers::generated::{bpf_get_current_cgroup_id, bpf_set_retval, bpf_sk_lookup_tcp, bpf_sk_release},
+    helpers::generated::{
+        bpf_get_current_cgroup_id, bpf_set_retval, bpf_setsockopt, bpf_sk_lookup_tcp, bpf_sk_release,
+    },
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -35,6 +37,8 @@ use crate::{
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
 const IPPROTO_TCP: u32 = 6;
+const SOL_SOCKET: i32 = 1;
+const SO_BINDTODEVICE: i32 = 25;
 /// `BPF_F_CURRENT_NETNS`.
 const CURRENT_NETNS: u64 = u64::MAX;
 
@@ -146,6 +150,9 @@ fn redirect(raw: *mut bpf_sock_addr, pod: &PodEntry, destination: Endpoint, agen
     if passes_without_agent && !has_listener(raw, &agent) {
         return pass(raw, Reason::OutboundAgentAbsentPass);
     }
+    if !leave_device(raw) {
+        return refuse(Reason::OutboundNoListener);
+    }
     let view = SocketView {
         peer: destination,
         local: pod.address(destination.addr.is_v4()),
@@ -158,6 +165,28 @@ fn redirect(raw: *mut bpf_sock_addr, pod: &PodEntry, destination: Endpoint, agen
     } else {
         refuse(Reason::OutboundNoMemory)
     }
+}
+
+/// Takes a socket off the device that it was bound to (`SO_BINDTODEVICE`): the agent is reached over the loopback, and
+/// what goes out is the agent's socket. False if that cannot be done, since the connection would hang.
+#[inline(always)]
+fn leave_device(raw: *mut bpf_sock_addr) -> bool {
+    // SAFETY: the context's socket is never null, and its device is a field that may be read.
+    if unsafe { word(&raw const (*(*raw).__bindgen_anon_1.sk).bound_dev_if) } == 0 {
+        return true;
+    }
+    let mut no_name = [0u8; 4];
+    // SAFETY: the name lives through the call.
+    let result = unsafe {
+        bpf_setsockopt(
+            raw.cast(),
+            SOL_SOCKET,
+            SO_BINDTODEVICE,
+            no_name.as_mut_ptr().cast(),
+            no_name.len() as i32,
+        )
+    };
+    result == 0
 }
 
 /// Whether anything listens at the agent's address in this network namespace.
