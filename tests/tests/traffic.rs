@@ -5,7 +5,6 @@
 mod traffic_lab;
 
 use std::{
-    collections::BTreeMap,
     fmt,
     net::IpAddr,
     time::{Duration, Instant},
@@ -217,7 +216,8 @@ impl Cell {
                 let said = traffic(lab, "grpc", host, port, &[])?;
                 let want = json!({
                     "saw": source, "unary": true, "binary": true, "download": true, "upload": "1000000",
-                    "chat": ["ONE", "TWO", "THREE"], "failed": ["FAILED_PRECONDITION", "as asked: é"],
+                    "chat": ["ONE", "TWO", "THREE"], "cancelled": [10, "yes"],
+                    "deadline": ["DEADLINE_EXCEEDED", "yes"], "failed": ["FAILED_PRECONDITION", "as asked: é"],
                     "unknown": "UNIMPLEMENTED",
                 });
                 expect("the calls", &said, &want)?;
@@ -256,10 +256,12 @@ impl Cell {
                         "iperf3", "-J", "-P", "2", "-n", "64M", "-c", &host, "-p", &port, direction,
                     ];
                     // The server takes one test at a time and may still be closing the one before.
-                    let report: Json = until("iperf3", RECORDS_LIMIT, || {
+                    let report = until("iperf3", RECORDS_LIMIT, || {
                         let output = lab.exec(SOURCE, &argv)?;
                         ensure!(output.status.success(), "{output}");
-                        Ok(Some(serde_json::from_str(&output.stdout)?))
+                        let report: Json = serde_json::from_str(&output.stdout)?;
+                        ensure!(report.get("error").is_none(), "{report}");
+                        Ok(Some(report))
                     })?;
                     expect("its peer", &report["start"]["connecting_to"]["host"], &json!(host))?;
                     // It does not count what is still on its way when the last byte was sent.
@@ -385,6 +387,7 @@ fn every_program_works_on_every_way() -> Result<()> {
         checks.check(format!("records of {cell}"), || records(&lab, &cell, limit));
     }
     checks.check("metrics agree with the access log", || metrics_agree(&lab));
+    checks.check("nothing stays open", || nothing_open(&lab));
     checks.finish("the matrix");
     lab.down()
 }
@@ -433,30 +436,58 @@ fn records(lab: &Lab, cell: &Cell, limit: Duration) -> Result<()> {
     Ok(())
 }
 
-/// The series of each reporter and protocol must be what the access log's lines add up to.
+/// The series of each reporter must be what the access log's lines add up to.
 fn metrics_agree(lab: &Lab) -> Result<()> {
+    const FAMILIES: [(&str, &str, Option<&str>); 4] = [
+        ("mesh_requests_total", "request", None),
+        ("mesh_tcp_connections_closed_total", "connection", None),
+        ("mesh_tcp_sent_bytes_total", "connection", Some("nodemesh.bytes_sent")),
+        (
+            "mesh_tcp_received_bytes_total",
+            "connection",
+            Some("nodemesh.bytes_received"),
+        ),
+    ];
     for node in ["node-1", "node-2"] {
+        let reporters: &[&str] = if node == "node-1" {
+            &["source", "destination"]
+        } else {
+            &["destination"]
+        };
         until(&format!("agreement on {node}"), RECORDS_LIMIT, || {
             let metrics = lab.metrics(node)?;
-            let mut lines: BTreeMap<(String, String), f64> = BTreeMap::new();
-            for record in lab.access_log(node)? {
-                let text = |key: &str| record[key].as_str().unwrap_or_default().to_owned();
-                *lines
-                    .entry((text("event.name"), text("nodemesh.reporter")))
-                    .or_default() += 1.0;
-            }
-            ensure!(!lines.is_empty(), "nothing was recorded");
-            for ((event, reporter), count) in lines {
-                let name = match event.as_str() {
-                    "request" => "istio_requests_total",
-                    _ => "istio_tcp_connections_closed_total",
+            let log = lab.access_log(node)?;
+            for (reporter, (name, event, field)) in reporters
+                .iter()
+                .flat_map(|reporter| FAMILIES.map(|family| (reporter, family)))
+            {
+                let of_event =
+                    |record: &&Json| record["event.name"] == event && record["nodemesh.reporter"] == *reporter;
+                let value = |record: &Json| {
+                    field
+                        .map_or(Some(1.0), |field| record[field].as_f64())
+                        .unwrap_or_default()
                 };
-                let sum = metrics.sum(name, &[("reporter", &reporter)]);
+                let lines: f64 = log.iter().filter(of_event).map(value).sum();
+                let sum = metrics.sum(name, &[("reporter", reporter)]);
                 ensure!(
-                    sum == count,
-                    "{name} of the {reporter} is {sum}, the log has {count} lines"
+                    lines > 0.0 && sum == lines,
+                    "{name} of the {reporter} is {sum}, the log says {lines}"
                 );
             }
+            Ok(Some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// When all programs have ended, neither records nor entries of the kernel's maps may be left of them.
+fn nothing_open(lab: &Lab) -> Result<()> {
+    for node in ["node-1", "node-2"] {
+        until(&format!("{node} at rest"), RECORDS_LIMIT, || {
+            let metrics = lab.metrics(node)?;
+            let open = metrics.sum("nodemesh_agent_records_open", &[]);
+            ensure!(open == 0.0, "{open} records are open");
             Ok(Some(()))
         })?;
     }
@@ -595,6 +626,16 @@ const RAW: &[(&str, &str, Answer)] = &[
         |answer| head(answer).contains(" 400 ") || seen(answer)["path"] == "/echo?a=%41&b=c%20d",
     ),
     (
+        "a header of 20 KB passes",
+        "GET /echo HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx-large: LARGE\r\n\r\n",
+        |answer| sent_header(&seen(answer), "x-large").is_some_and(|value| value.len() == 20_000),
+    ),
+    (
+        "headers beyond all measure are refused",
+        "GET /echo HTTP/1.1\r\nhost: a\r\nx-a: LARGE\r\nx-b: LARGE\r\nx-c: LARGE\r\nx-d: LARGE\r\nx-e: LARGE\r\n\r\n",
+        |answer| head(answer).contains(" 431 "),
+    ),
+    (
         "OPTIONS * is no path",
         "OPTIONS * HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
         |answer| head(answer).contains(" 404 "),
@@ -662,7 +703,10 @@ fn http_means_the_same_through_the_mesh() -> Result<()> {
         let service = lab.service_ip(node.pod())?;
         for (name, request, good) in RAW {
             checks.check(format!("{node:?} node: {name}"), || {
-                let escaped = request.replace('\r', "%0d").replace('\n', "%0a");
+                let escaped = request
+                    .replace("LARGE", &"x".repeat(20_000))
+                    .replace('\r', "%0d")
+                    .replace('\n', "%0a");
                 let said = traffic(&lab, "raw", service, WEB, &[&escaped])?;
                 let answer = said["answer"].as_str().context("no answer")?;
                 ensure!(good(answer) && said["how"] == "end", "{said:#}");
@@ -673,6 +717,7 @@ fn http_means_the_same_through_the_mesh() -> Result<()> {
             checks.check(format!("{node:?} node: {name}"), || check(&lab, node));
         }
     }
+    checks.check("nothing stays open", || nothing_open(&lab));
     checks.finish("HTTP");
     lab.down()
 }
@@ -696,6 +741,38 @@ const CURLED: &[(&str, Curled)] = &[
             .filter_map(|line| serde_json::from_str::<Json>(line).ok()?.get("port")?.as_u64())
             .collect();
         expect("connections at the destination", &ports.len(), &1)
+    }),
+    ("a destination that closes its connections unannounced", |lab, node| {
+        let url = format!("http://{}:{WEB}/then-close?[1-30]", node.name());
+        let said = curl(lab, &["-o", "/dev/null", "-w", "%{num_connects} %{http_code}\n", &url])?;
+        let counts: Vec<&str> = said.lines().collect();
+        expect(
+            "connections by request",
+            &counts,
+            &[["1 200"].as_slice(), &["0 200"; 29]].concat(),
+        )
+    }),
+    ("many connections with many requests", |lab, node| {
+        let url = format!("http://{}:{NGINX}/", node.name());
+        let said = lab
+            .exec(SOURCE, &["h2load", "--h1", "-n", "2000", "-c", "100", &url])?
+            .ok()?;
+        ensure!(
+            said.contains("2000 succeeded, 0 failed, 0 errored, 0 timeout"),
+            "{said}"
+        );
+        Ok(())
+    }),
+    ("many HTTP/2 connections with many streams", |lab, node| {
+        let url = format!("http://{}:{NGINX_HTTP2}/", node.name());
+        let said = lab
+            .exec(SOURCE, &["h2load", "-n", "2000", "-c", "20", "-m", "20", &url])?
+            .ok()?;
+        ensure!(
+            said.contains("2000 succeeded, 0 failed, 0 errored, 0 timeout"),
+            "{said}"
+        );
+        Ok(())
     }),
     (
         "a large upload by length, which curl announces by Expect",
@@ -890,6 +967,107 @@ fn flows_are_carried_byte_by_byte() -> Result<()> {
         ensure!(said["intact"] == true && said["back"] == true, "{said}");
         Ok(())
     });
+    checks.check("nothing stays open", || nothing_open(&lab));
     checks.finish("flows");
+    lab.down()
+}
+
+#[test]
+fn sockets_of_every_kind_are_captured() -> Result<()> {
+    let lab = lab("sockets", "")?;
+    let mut checks = Checks::default();
+    let own = lab.pod(SOURCE)?.addresses;
+    for node in [Node::Same, Node::Other] {
+        let service = lab.state()?.service(node.pod())?.addresses.clone();
+        let pod = lab.pod(node.pod())?.addresses;
+        for family in [Family::V4, Family::V6] {
+            let service = of_family(&service, family)?;
+            let source = of_family(&own, family)?.to_string();
+            let peer = json!([service.to_string(), FLOWS]);
+            let mut check = |name: &str, run: &dyn Fn() -> Result<()>| {
+                checks.check(format!("{node:?} node, {family:?}: {name}"), run);
+            };
+            let truthful = |said: &Json| -> Result<()> {
+                expect("getpeername at the source", &said["peer"], &peer)?;
+                expect("the address at the destination", &said["saw"][0], &json!(source))
+            };
+            check("non-blocking", &|| {
+                let said = traffic(&lab, "non-blocking", service, FLOWS, &[])?;
+                ensure!(said["begun"] == "EINPROGRESS" && said["error"] == 0, "{said}");
+                truthful(&said)
+            });
+            check("bound to the pod's address", &|| {
+                truthful(&traffic(&lab, "bound", service, FLOWS, &[&source])?)
+            });
+            check("bound to the pod's device", &|| {
+                truthful(&traffic(&lab, "bound", service, FLOWS, &[&source, "eth0"])?)
+            });
+            check("fast open", &|| {
+                truthful(&traffic(&lab, "fast-open", service, FLOWS, &[])?)
+            });
+            check("connected twice", &|| {
+                let said = traffic(&lab, "twice", service, FLOWS, &[])?;
+                ensure!(said["how"] == "EISCONN", "{said}");
+                truthful(&said)
+            });
+            check("three hundred at once", &|| {
+                expect(
+                    "right ones",
+                    &traffic(&lab, "many", service, FLOWS, &["300"])?,
+                    &json!({"right": 300}),
+                )
+            });
+            check("UDP is left alone", &|| {
+                let pod = of_family(&pod, family)?;
+                let said = traffic(&lab, "datagram", pod, FLOWS, &[])?;
+                let want = json!({"peer": [pod.to_string(), FLOWS], "saw": [source, "hello"]});
+                expect("the datagrams", &said, &want)
+            });
+        }
+        let service = of_family(&service, Family::V4)?;
+        checks.check(format!("{node:?} node: an IPv6 socket to an IPv4 address"), || {
+            let said = traffic(&lab, "mapped", service, FLOWS, &[])?;
+            expect(
+                "getpeername",
+                &said["peer"],
+                &json!([format!("::ffff:{service}"), FLOWS]),
+            )?;
+            expect(
+                "the address at the destination",
+                &said["saw"][0],
+                &json!(own[0].to_string()),
+            )
+        });
+        // A pod that asks for its own service, its own address and its own loopback.
+        let pods = lab.pod(node.pod())?.addresses.map(|ip| match ip {
+            IpAddr::V4(ip) => ip.to_string(),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+        });
+        for name in [node.name(), pods[0].as_str(), pods[1].as_str()] {
+            checks.check(format!("{name} asked by itself"), || {
+                let said = lab.exec(
+                    node.pod(),
+                    &["curl", "-sS", "--max-time", "10", &format!("http://{name}:{NGINX}/")],
+                )?;
+                let said = said.ok()?.replace("::ffff:", "");
+                let saw = said.split(' ').nth(2).unwrap_or_default();
+                ensure!(
+                    pods.iter().any(|own| own.trim_matches(['[', ']']) == saw),
+                    "it says {said:?}"
+                );
+                Ok(())
+            });
+        }
+        checks.check(format!("{} asked over its loopback", node.name()), || {
+            let said = lab.exec(
+                node.pod(),
+                &["curl", "-sS", "--max-time", "10", &format!("http://localhost:{NGINX}/")],
+            )?;
+            ensure!(said.code() == 0 && said.stdout.contains(" saw "), "{said}");
+            Ok(())
+        });
+    }
+    checks.check("nothing stays open", || nothing_open(&lab));
+    checks.finish("sockets");
     lab.down()
 }
