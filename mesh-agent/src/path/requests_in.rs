@@ -25,7 +25,7 @@ use super::{
 use crate::{
     event::{ConnectionSecurity, Outcome, PartySet, Protocol, Refusal, Reporter, RequestRecord},
     l7::{
-        self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, Verdict, Version,
+        self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, UNDELIVERED_HEADER, Verdict, Version,
         detect::Sniff, headers::ClientCert,
     },
     relay::{self, How},
@@ -127,24 +127,23 @@ impl RequestsIn {
         names::fill(&mut record, &view, request, self.arrival.source, self.arrival.local);
         let source = view.workload_by_address(self.arrival.source.ip());
         record.set_workloads(source, Some(&self.arrival.pod.workload()));
+        let standard = match self.security {
+            // The source's agent has done its part.
+            ConnectionSecurity::MutualTls => Standard::default(),
+            _ => Standard::at_source(request, self.arrival.source.ip()),
+        };
+        if shared.events.logs_access() {
+            names::trace(&mut record, request, &standard);
+        }
         let attributes = self.arrival.attributes();
         match judge::request(&policy, &attributes, request, &shared.traffic, self.worker().now()) {
             Ok(permit) => {
                 record.set_rule(permit.rule().clone(), permit.revision());
-                let standard = match self.security {
-                    // The source's agent has done its part.
-                    ConnectionSecurity::MutualTls => Standard::default(),
-                    _ => Standard::at_source(request, self.arrival.source.ip()),
-                };
-                let standard = Standard {
-                    client_cert: self.client_cert.clone(),
-                    ..standard
-                };
-                if shared.events.logs_access() {
-                    names::trace(&mut record, request, &standard);
-                }
                 let forward = Forward {
-                    standard,
+                    standard: Standard {
+                        client_cert: self.client_cert.clone(),
+                        ..standard
+                    },
                     ..Forward::default()
                 };
                 Verdict::Forward(
@@ -184,7 +183,11 @@ impl RequestsIn {
             Ok(app) => Ok(TargetStream::new(Kind::App(app))),
             Err(refusal) => {
                 exchange.refusal = Some(refusal);
-                Err(replies::refusal(refusal, None))
+                let reply = replies::refusal(refusal, None);
+                Err(match self.security {
+                    ConnectionSecurity::MutualTls => reply.with_header(UNDELIVERED_HEADER, "1"),
+                    _ => reply,
+                })
             }
         }
     }

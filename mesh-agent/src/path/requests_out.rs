@@ -182,12 +182,16 @@ impl RequestsOut {
     fn reply(
         &self,
         view: &View,
+        request: &dyn Request,
         mut record: RequestRecord,
         mut twin: Option<RequestRecord>,
         denial: Denial,
     ) -> Verdict<Exchange> {
         for record in twin.iter_mut().chain([&mut record]) {
             record.set_rule(denial.rule.clone(), view.revision());
+            if self.worker.shared.events.logs_access() {
+                names::trace(record, request, &Standard::default());
+            }
         }
         let reply = replies::refusal(denial.refusal, denial.retry_after);
         Verdict::Reply(
@@ -221,6 +225,7 @@ impl RequestsOut {
         let nowhere = |denial| {
             self.reply(
                 &view,
+                request,
                 self.record(&view, request, facts, None, ConnectionSecurity::Unknown),
                 None,
                 denial,
@@ -302,7 +307,7 @@ impl RequestsOut {
         }
         let way = match way {
             Ok(way) => way,
-            Err(refusal) => return self.reply(&view, record, None, Denial::of(refusal)),
+            Err(refusal) => return self.reply(&view, request, record, None, Denial::of(refusal)),
         };
         let permit = match self.judge(&way, request) {
             Ok(permit) => permit,
@@ -311,7 +316,7 @@ impl RequestsOut {
                     picked.report(Report::Success, self.worker.now());
                 }
                 let twin = record.beside(self.parties(Some(&endpoint), security, true));
-                return self.reply(&view, record, Some(twin), denial);
+                return self.reply(&view, request, record, Some(twin), denial);
             }
         };
         let mut forward = self.forward(request, rule.as_deref(), share, backend.as_deref());
@@ -508,6 +513,15 @@ impl RequestsOut {
         record.set_endpoint(plan.endpoint.address);
     }
 
+    /// Whether a peer's word that it delivered nothing leaves another endpoint to try, without any policy.
+    fn may_go_elsewhere(&self, plan: &Plan) -> bool {
+        let endpoints = |backend: &Arc<Backend>| backend.endpoints(self.original_destination.is_ipv6()).len();
+        let tried = plan.tried.len() + 1;
+        matches!(plan.way, Way::Tunnel(_))
+            && tried < ENDPOINTS_TRIED_MAX
+            && plan.backend.as_ref().is_some_and(|backend| tried < endpoints(backend))
+    }
+
     /// Picks an endpoint that was not tried, and judges the request anew if it is a pod of this node. Once all were
     /// tried, a retry may come `back` to one of them; whoever merely could not be reached is not dialed over and over.
     fn next_endpoint(&self, plan: &mut Plan, back: bool) -> Result<(), Denial> {
@@ -668,11 +682,21 @@ impl Handler for RequestsOut {
     fn again(&self, exchange: &mut Exchange, attempted: Attempted, retries: u32) -> bool {
         let now = self.worker.now();
         let Some(plan) = &mut exchange.plan else { return false };
+        if let Attempted::Undelivered(_) = attempted
+            && self.may_go_elsewhere(plan)
+        {
+            // As if it had not been reached from here.
+            if let Some(picked) = plan.picked.take() {
+                picked.report(Report::Failure, now);
+            }
+            return true;
+        }
         let (Some(retry), Some(admission)) = (&plan.retry, &plan.admission) else {
             return false;
         };
         let wanted = retry.on.iter().any(|on| match attempted {
             Attempted::Status(status) => on.matches_status(status.as_u16()),
+            Attempted::Undelivered(status) => *on == RetryOn::ConnectFailure || on.matches_status(status.as_u16()),
             Attempted::Failed(Fault::StreamRefused) => matches!(on, RetryOn::RefusedStream | RetryOn::Reset),
             Attempted::Failed(Fault::TargetClosed) => matches!(on, RetryOn::Reset),
             Attempted::Failed(Fault::AttemptTimeout) => matches!(on, RetryOn::Reset | RetryOn::GatewayError),
@@ -689,7 +713,7 @@ impl Handler for RequestsOut {
         // For the destination this attempt was a request of its own, as it is on another node.
         if let Some(mut twin) = exchange.twin.take() {
             match attempted {
-                Attempted::Status(status) => {
+                Attempted::Status(status) | Attempted::Undelivered(status) => {
                     twin.set_status(status.as_u16());
                     twin.close(Outcome::Served);
                 }
