@@ -23,6 +23,10 @@ pub use headers::{HeaderChanges, Standard};
 
 use crate::transport::Transport;
 
+/// The header by which a destination's agent tells its peer that it delivered nothing of the request. It never leaves
+/// the agents: the engines take it off every response that they forward.
+pub const UNDELIVERED_HEADER: &str = "x-nodemesh-undelivered";
+
 /// A byte stream that an engine owns: a socket or a tunnel.
 pub trait Wire: AsyncRead + AsyncWrite + Unpin + 'static {
     /// Makes the coming close a reset: what was sent so far must not look whole to the reader.
@@ -146,8 +150,20 @@ pub struct Target<W> {
 pub enum Attempted {
     /// The response's head came, with this status; nothing of it was sent to the source.
     Status(StatusCode),
+    /// The same, and it says that nothing was delivered ([`UNDELIVERED_HEADER`]). Only a peer's word counts.
+    Undelivered(StatusCode),
     /// The connection failed, or its answer was not HTTP, or the attempt's time was over.
     Failed(Fault),
+}
+
+impl Attempted {
+    fn answered(status: StatusCode, undelivered: bool) -> Attempted {
+        if undelivered {
+            Attempted::Undelivered(status)
+        } else {
+            Attempted::Status(status)
+        }
+    }
 }
 
 /// How a request ended.

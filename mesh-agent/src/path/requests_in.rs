@@ -25,8 +25,8 @@ use super::{
 use crate::{
     event::{ConnectionSecurity, Outcome, PartySet, Protocol, Refusal, Reporter, RequestRecord},
     l7::{
-        self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, UNDELIVERED_HEADER, Verdict, Version,
-        detect::Sniff, headers::ClientCert,
+        self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, UNDELIVERED_HEADER,
+        Verdict, Version, detect::Sniff, headers::ClientCert,
     },
     relay::{self, How},
     transport::Transport,

@@ -19,6 +19,7 @@ use super::{
     buffer::{Left, Scratch, poll_drain, poll_read, with_scratch, write_now},
     chunk::ChunkDefect,
     codec::{Framing, RequestHead, ResponseHead, parse_response},
+    field::FieldKind,
     write::{Outgoing, write_interim, write_response},
 };
 use crate::l7::{Attempt, Attempted, Fault, Forward, Handler, Limits, Version, Wire, h1::RequestDefect, timer::Timer};
@@ -531,13 +532,16 @@ impl<'a, H: Handler> Exchange<'a, H> {
         bytes: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(), Outcome> {
+        let undelivered = |head: &ResponseHead| head.fields.iter().any(|field| field.kind == FieldKind::Undelivered);
         if self.up.replayable
             && !self.answered
             && !self.asked.exhausted
             && out.is_empty()
-            && self
-                .handler
-                .again(self.exchange, Attempted::Status(head.status), self.asked.retries)
+            && self.handler.again(
+                self.exchange,
+                Attempted::answered(head.status, undelivered(head)),
+                self.asked.retries,
+            )
         {
             return Err(Outcome::Again(Attempt::Retry(self.asked.retries + 1)));
         }

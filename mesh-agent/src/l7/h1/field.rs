@@ -1,6 +1,6 @@
 //! The fields of an HTTP/1 head: ranges of its bytes, what each is to an agent, and what those say that frame a message.
 
-use crate::l7::Version;
+use crate::l7::{UNDELIVERED_HEADER, Version};
 
 /// A range of bytes in a head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub enum FieldKind {
     TraceState,
     /// `x-forwarded-client-cert`
     ClientCert,
+    /// `x-nodemesh-undelivered`: between agents only.
+    Undelivered,
     /// A field that `Connection` names: for one connection only.
     Named,
 }
@@ -85,6 +87,7 @@ pub fn classify(name: &str) -> FieldKind {
         15 => &[("x-forwarded-for", ForwardedFor)],
         16 => &[("proxy-connection", HopByHop)],
         17 => &[("transfer-encoding", Framing)],
+        22 => &[(UNDELIVERED_HEADER, Undelivered)],
         23 => &[("x-forwarded-client-cert", ClientCert)],
         _ => return Other,
     };

@@ -89,7 +89,7 @@ impl Handler for Scripted {
 
     fn again(&self, _: &mut (), attempted: Attempted, retries: u32) -> bool {
         let wanted = match attempted {
-            Attempted::Status(status) => self.retry_on.contains(&status),
+            Attempted::Status(status) | Attempted::Undelivered(status) => self.retry_on.contains(&status),
             Attempted::Failed(_) => !self.retry_on.is_empty(),
         };
         wanted && retries < 1

@@ -107,9 +107,12 @@ pub(super) fn write_request(head: &RequestHead, bytes: &[u8], forward: &Forward,
         let (name, value) = (field.name.bytes(bytes), field.value.bytes(bytes));
         let keep = match field.kind {
             FieldKind::Other => true,
-            FieldKind::Framing | FieldKind::HopByHop | FieldKind::Host | FieldKind::Named | FieldKind::ClientCert => {
-                false
-            }
+            FieldKind::Framing
+            | FieldKind::HopByHop
+            | FieldKind::Host
+            | FieldKind::Named
+            | FieldKind::Undelivered
+            | FieldKind::ClientCert => false,
             FieldKind::ForwardedFor => standard.forwarded_for.is_none(),
             FieldKind::RequestId => standard.request_id.is_none(),
             FieldKind::TraceParent => standard.trace.is_none(),
@@ -192,7 +195,10 @@ pub(super) fn write_response(
     write_status(head.status, head.reason.bytes(bytes), out);
     for field in &head.fields {
         let name = field.name.bytes(bytes);
-        let ours = matches!(field.kind, FieldKind::Framing | FieldKind::HopByHop | FieldKind::Named);
+        let ours = matches!(
+            field.kind,
+            FieldKind::Framing | FieldKind::HopByHop | FieldKind::Named | FieldKind::Undelivered
+        );
         if !ours && !changes.drops(name) {
             write_field(name, field.value.bytes(bytes), out);
         }

@@ -22,7 +22,8 @@ use tokio::time::Instant;
 
 use super::head;
 use crate::l7::{
-    Attempt, Attempted, End, Facts, Fault, Forward, Handler, Limits, Reply, Verdict, Version, timer::Timer,
+    Attempt, Attempted, End, Facts, Fault, Forward, Handler, Limits, Reply, UNDELIVERED_HEADER, Verdict, Version,
+    timer::Timer,
 };
 
 /// What of a request's body is kept so that it can be sent again.
@@ -280,9 +281,12 @@ impl<H: Handler> Call<'_, H> {
         })
         .await?;
         let (mut parts, mut body) = response.into_parts();
+        let undelivered = parts.headers.remove(UNDELIVERED_HEADER).is_some();
         if let Some(retries) = retry
             && self.replayable.get()
-            && self.handler.again(exchange, Attempted::Status(parts.status), retries)
+            && self
+                .handler
+                .again(exchange, Attempted::answered(parts.status, undelivered), retries)
         {
             return Ok(Sent::Again);
         }

@@ -106,7 +106,7 @@ impl Handler for Scripted {
 
     fn again(&self, _: &mut (), attempted: Attempted, retries: u32) -> bool {
         let failed = match attempted {
-            Attempted::Status(status) => status == StatusCode::SERVICE_UNAVAILABLE,
+            Attempted::Status(status) | Attempted::Undelivered(status) => status == StatusCode::SERVICE_UNAVAILABLE,
             Attempted::Failed(_) => true,
         };
         self.retry && failed && retries < 1
