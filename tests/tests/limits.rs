@@ -550,22 +550,51 @@ fn requests_are_balanced_and_tried_again() -> Result<()> {
         Ok(())
     });
 
-    checks.check("an endpoint that is gone while the mesh calls it ready is no failed request", || {
-        // On this node nothing listens: nothing was sent, so another endpoint is tried without any policy.
+    checks.check("a destination's own word that it got nothing is not believed", || {
         apply(&lab, &traffic("team", "loadBalancer: {algorithm: round-robin}"))?;
-        actors::fall_deaf(&lab, "quota/red")?;
-        let found = ask(get("/").times(30))?;
-        ensure!(statuses(&found) == [(200, 30)].into(), "{:?}", kinds(&found));
-        ensure!(destinations(&found).keys().eq(["blue", "green"]), "{:?}", destinations(&found));
-        // On another node its agent answers 503, which policy may have tried again.
-        let settings = "loadBalancer: {algorithm: round-robin}, retry: {attempts: 2, on: [gateway-error], budget: {percent: 100}}";
-        apply(&lab, &traffic("team", settings))?;
-        actors::fall_deaf(&lab, "quota/blue")?;
-        let found = ask(get("/").times(30))?;
-        ensure!(statuses(&found) == [(200, 30)].into(), "{:?}", kinds(&found));
-        ensure!(destinations(&found).keys().eq(["green"]), "{:?}", destinations(&found));
+        let before = ["red", "green", "blue"].map(|name| told(&lab, &format!("quota/{name}"), "served"));
+        let found = ask(get("/status/503?claim").times(9))?;
+        ensure!(statuses(&found) == [(503, 9)].into(), "{:?}", statuses(&found));
+        for (name, before) in ["red", "green", "blue"].iter().zip(before) {
+            let grown = told(&lab, &format!("quota/{name}"), "served")? - before?;
+            ensure!(grown == 3, "{name} was asked {grown} times");
+        }
         Ok(())
     });
+
+    checks.check(
+        "an endpoint that is gone while the mesh calls it ready is no failed request",
+        || {
+            // Nothing was delivered: another endpoint is tried without any policy, whichever node it is on.
+            apply(&lab, &traffic("team", "loadBalancer: {algorithm: round-robin}"))?;
+            for (pod, left) in [("quota/blue", &["green", "red"][..]), ("quota/red", &["green"])] {
+                actors::fall_deaf(&lab, pod)?;
+                let found = ask(get("/").times(30))?;
+                ensure!(
+                    statuses(&found) == [(200, 30)].into(),
+                    "without {pod}: {:?}",
+                    kinds(&found)
+                );
+                let counts = destinations(&found);
+                ensure!(counts.keys().eq(left), "without {pod}: {counts:?}");
+                let calls = rpc(&lab, ALICE, "team", json!({"count": 6}))?;
+                ensure!(
+                    calls.iter().all(|name| left.contains(&name.as_str())),
+                    "without {pod}: {calls:?}"
+                );
+            }
+            // The last one gone, the refusal says so.
+            actors::fall_deaf(&lab, "quota/green")?;
+            let found = ask(get("/").times(3))?;
+            ensure!(
+                kinds(&found) == [((503, "dial-refused"), 3)].into(),
+                "{:?}",
+                kinds(&found)
+            );
+            ensure!(!found[0].headers.contains_key("x-nodemesh-undelivered"), "{found:?}");
+            Ok(())
+        },
+    );
     checks.finish("balancing");
     lab.down()
 }
