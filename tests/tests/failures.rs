@@ -482,3 +482,127 @@ fn an_open_flow_ends_when_its_permit_is_withdrawn() -> Result<()> {
     front.is_reset()?;
     lab.down()
 }
+
+#[test]
+fn certificates_are_renewed_unnoticed_and_run_out_without_a_controller() -> Result<()> {
+    let mut config = shop("expiry");
+    config.controller_args.push("--svid-ttl=6s".into());
+    let lab = Lab::up(config)?;
+    apply(&lab, STRICT)?;
+    let kept = Load::start(&lab, VISITOR, "http", "http://cart/", 30)?;
+    let short = Load::start(&lab, VISITOR, "connect", "http://cart/", 10)?;
+    let mut flow = Flow::open(&lab, VISITOR, "bank")?;
+    let issued = events(&lab, "node-2", "credential-issued")?;
+    until("two renewals of each identity", LIMIT, || {
+        Ok((events(&lab, "node-2", "credential-issued")? >= issued + 6.0).then_some(()))
+    })?;
+    kept.finish_served()?;
+    short.finish_served()?;
+
+    lab.kill_controller()?;
+    until("the end of the certificates", LIMIT, || {
+        let answer = get(&lab, VISITOR, "http://cart/")?;
+        Ok((answer.status != 200).then_some(()))
+    })?;
+    for url in ["http://cart/", "http://stock/"] {
+        let answer = get(&lab, VISITOR, url)?;
+        assert!(answer.status == 503 || answer.exit != 0, "{answer:?}");
+    }
+    let redis = lab.exec(VISITOR, &["redis-cli", "-h", "bank", "ping"])?;
+    assert!(!redis.stdout.contains("PONG"), "{redis}");
+    assert_eq!(
+        get(&lab, VISITOR, "http://catalog/")?.status,
+        200,
+        "on one node the namespaces prove who is who"
+    );
+    if let Err(error) = flow.goes_on() {
+        let lines: Vec<_> = ["node-1", "node-2"]
+            .into_iter()
+            .flat_map(|node| lab.access_log(node))
+            .flatten()
+            .collect();
+        let of_bank = lines
+            .iter()
+            .filter(|line| line["nodemesh.destination.workload"] == "bank");
+        let of_bank: Vec<String> = of_bank.map(|line| line.to_string()).collect();
+        return Err(error.context(format!(
+            "a flow that was admitted by a valid certificate:\n{}",
+            of_bank.join("\n")
+        )));
+    }
+
+    lab.start_controller()?;
+    served_again(&lab, VISITOR, "http://cart/")?;
+    flow.close()?;
+    lab.down()
+}
+
+#[test]
+fn no_connection_comes_back_to_the_agent_for_ever() -> Result<()> {
+    let lab = Lab::up(shop("loop"))?;
+    let ended = |node: &str| -> Result<f64> {
+        let metrics = lab.metrics(node)?;
+        Ok(metrics.sum("nodemesh_agent_records_closed_total", &[]) + metrics.sum("nodemesh_agent_refusals_total", &[]))
+    };
+    let (own, near, far) = (
+        lab.pod_ip(VISITOR)?,
+        lab.pod_ip("shop/catalog")?,
+        lab.pod_ip("shop/cart-v1")?,
+    );
+    let before = [ended("node-1")?, ended("node-2")?];
+    let mut tried = 0.0;
+    for host in [
+        "127.0.0.1".to_string(),
+        "[::1]".into(),
+        own.to_string(),
+        near.to_string(),
+        far.to_string(),
+    ] {
+        for port in [15001, 15006] {
+            let answer = get(&lab, VISITOR, &format!("http://{host}:{port}/"))?;
+            assert!(answer.refused_at_once(), "{host}:{port}: {answer:?}");
+            tried += 1.0;
+        }
+    }
+    // An application that is not there, on this node and on the other one.
+    for host in [near, far] {
+        let answer = get(&lab, VISITOR, &format!("http://{host}:9/"))?;
+        assert!(answer.refused_at_once(), "{host}: {answer:?}");
+        tried += 1.0;
+    }
+    for (node, before) in ["node-1", "node-2"].into_iter().zip(before) {
+        let nothing_open = || Ok((lab.metrics(node)?.sum("nodemesh_agent_records_open", &[]) == 0.0).then_some(()));
+        until("nothing in progress", LIMIT, nothing_open)?;
+        let more = ended(node)? - before;
+        // A try may be a refusal, and a record of each side.
+        assert!(more <= 4.0 * tried, "{more} records of {tried} tries on {node}");
+    }
+    // The same must hold where another agent refuses: one try for each request.
+    lab.kill_agent("node-2")?;
+    let answer = get(&lab, VISITOR, "http://stock/")?;
+    assert_eq!(answer.status, 503, "{answer:?}");
+    let line = record(&lab, "node-1", |line| line["server.address"] == "stock")?;
+    assert_eq!(line["nodemesh.attempts"], 1, "{line:#}");
+    lab.down()
+}
+
+/// The page names the test behind each of its rows; all of them must exist.
+#[test]
+fn every_test_that_the_page_names_exists() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("a workspace")?;
+    let page = std::fs::read_to_string(root.join("docs/failures.md"))?;
+    let named: Vec<&str> = page
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|word| word.contains("::"))
+        .collect();
+    ensure!(named.len() > 20, "the page names only {named:?}");
+    for name in named {
+        let (file, test) = name.rsplit_once("::").context("a file and a test")?;
+        let path = root.join(file);
+        let text = std::fs::read_to_string(&path).with_context(|| format!("{name}: {}", path.display()))?;
+        ensure!(text.contains(&format!("fn {test}(")), "{name}: no such test");
+    }
+    Ok(())
+}
