@@ -46,7 +46,9 @@ pub fn decide(config: &Config, entry: Option<&SteerEntry>, arrival: &Arrival) ->
     if arrival.local.is_loopback() {
         return Verdict::Pass(Reason::InboundLoopback);
     }
-    if arrival.local.same(&arrival.remote) {
+    // Only the pod itself and the agent's deliveries come from loopback: from outside it is a martian source
+    // (RFC 1812 §5.3.7), and an answer to it would not leave the pod.
+    if arrival.local.same(&arrival.remote) || arrival.remote.is_loopback() {
         return Verdict::Pass(Reason::InboundSelf);
     }
     let Some(entry) = entry else {

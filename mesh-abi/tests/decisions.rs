@@ -185,6 +185,12 @@ fn steer_decides_each_situation() {
             Pass(Reason::InboundSelf),
         ),
         (
+            "the agent's delivery",
+            known,
+            arrival("10.1.0.5", 80, "127.64.0.1"),
+            Pass(Reason::InboundSelf),
+        ),
+        (
             "itself, unknown address",
             None,
             arrival("10.9.0.5", 80, "10.9.0.5"),
@@ -356,7 +362,7 @@ proptest! {
             exclude_inbound: PortSet::new(&excluded).unwrap(),
         };
         let arrival = Arrival { local: local.into(), local_port: port, remote: remote.into(), is_tcp: true };
-        let is_inner = is_loopback(local) || local.to_canonical() == remote.to_canonical();
+        let is_inner = is_loopback(local) || is_loopback(remote) || local.to_canonical() == remote.to_canonical();
         let is_excluded = port != 0 && excluded.contains(&port);
         let from_node = !remote.is_unspecified() && node.iter().any(|ip| ip.to_canonical() == remote.to_canonical());
         let is_probe = port != 0 && probes.contains(&port) && from_node;

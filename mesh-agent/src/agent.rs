@@ -102,7 +102,9 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let issuer = Issuer::new(sync.client(), credentials.clone(), Arc::new(SystemClock));
     let keep = Keep::open(config.state_dir.join("credentials")).context("the directory of credentials")?;
     let bundle = sync.bundle();
-    let issuer = issuer.kept_in(keep, Some(bundle.borrow().clone())).telling(events.clone());
+    let issuer = issuer
+        .kept_in(keep, Some(bundle.borrow().clone()))
+        .telling(events.clone());
     add_sources(&events, &kernel, &credentials, &traffic);
     events.add_source(Box::new(health.clone()));
 
@@ -327,8 +329,12 @@ fn pod_events(before: &[PodStatus], now: &[PodStatus]) -> Vec<Event> {
             events.push(Event::PodNotCaptured { pod: name(), reason });
         }
     }
-    let gone = before.iter().filter(|old| old.captured && find(now, &old.name).is_none());
-    events.extend(gone.map(|old| Event::PodRetired { pod: old.name.to_string() }));
+    let gone = before
+        .iter()
+        .filter(|old| old.captured && find(now, &old.name).is_none());
+    events.extend(gone.map(|old| Event::PodRetired {
+        pod: old.name.to_string(),
+    }));
     events
 }
 

@@ -48,7 +48,7 @@ pub fn show_peer6(ctx: SockAddrContext) -> i32 {
 }
 
 /// The peer to show: kept in the socket, or, where that failed for want of memory, in the map of presented peers.
-/// The agent delivers from the pod's own address, so only a peer at the local address is looked up there.
+/// The agent delivers from a loopback address, or from the pod's own (IPv6): only such a peer is looked up there.
 #[inline(always)]
 fn shown_peer(raw: *mut bpf_sock_addr, local: &Addr, peer: Addr) -> Option<Endpoint> {
     // SAFETY: the context's socket is never null; map entries are read only.
@@ -56,7 +56,7 @@ fn shown_peer(raw: *mut bpf_sock_addr, local: &Addr, peer: Addr) -> Option<Endpo
         if let Some(view) = socket_view((*raw).__bindgen_anon_1.sk) {
             return Some(view.peer);
         }
-        if !local.same(&peer) || peer.is_loopback() {
+        if !local.same(&peer) && !peer.is_loopback() {
             return None;
         }
         let key = FlowKey::new(netns_cookie(raw), Endpoint::new(peer, user_port(raw)));

@@ -133,8 +133,9 @@ unsafe fn accepted(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
             word(&raw const (*ops).remote_ip4),
             address(&raw const (*ops).remote_ip6),
         );
-        // The agent delivers from the pod's own address; nobody else's connection is looked up.
-        if !local.same(&remote) || local.is_loopback() {
+        // The agent delivers to the pod's own address, from loopback or (IPv6) from that address; nobody else's
+        // connection is looked up.
+        if local.is_loopback() || !(local.same(&remote) || remote.is_loopback()) {
             return;
         }
         // The port is in network order in the high half.
