@@ -478,6 +478,18 @@ fn metrics_agree(lab: &Lab) -> Result<()> {
             Ok(Some(()))
         })?;
     }
+    // What the sources count, the destinations count; but for bytes that were on their way when iperf3 gave up.
+    let count = |node: &str, name: &str, reporter: &str| -> Result<f64> {
+        Ok(lab.metrics(node)?.sum(name, &[("reporter", reporter)]))
+    };
+    for (name, _, _) in FAMILIES.into_iter().filter(|(_, _, field)| field.is_none()) {
+        let source = count("node-1", name, "source")?;
+        let destination = count("node-1", name, "destination")? + count("node-2", name, "destination")?;
+        ensure!(
+            source == destination,
+            "{name}: {source} at the source, {destination} at the destination"
+        );
+    }
     Ok(())
 }
 
@@ -488,6 +500,22 @@ fn nothing_open(lab: &Lab) -> Result<()> {
             let metrics = lab.metrics(node)?;
             let open = metrics.sum("nodemesh_agent_records_open", &[]);
             ensure!(open == 0.0, "{open} records are open");
+            // The tunnels that wait for more requests keep their connections to applications of the other node.
+            let maps: &[&str] = if node == "node-1" {
+                &["ORIG_BY_FLOW", "PEERS"]
+            } else {
+                &["ORIG_BY_FLOW"]
+            };
+            for map in maps {
+                let mut gauge = metrics
+                    .matching("nodemesh_agent_map_entries", &[])
+                    .filter(|sample| sample.labels["map"] == *map);
+                let entries = gauge
+                    .next()
+                    .with_context(|| format!("no gauge of the map {map}"))?
+                    .value;
+                ensure!(entries == 0.0, "{entries} entries are left in the map {map}");
+            }
             Ok(Some(()))
         })?;
     }
