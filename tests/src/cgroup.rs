@@ -38,10 +38,11 @@ pub fn create(path: &Path) -> Result<()> {
 
 /// Kills every process of the group and of the groups below it, and waits until they are gone.
 pub fn kill(path: &Path) -> Result<()> {
-    if !path.exists() {
-        return Ok(());
-    }
     wait::until(&format!("the end of all in {}", path.display()), KILL_LIMIT, || {
+        // Another process may be removing the same lab.
+        if !path.exists() {
+            return Ok(Some(()));
+        }
         // Again and again: a process may be on its way into the group.
         fs::write(path.join("cgroup.kill"), "1").with_context(|| format!("kill the cgroup {}", path.display()))?;
         Ok((!populated(path)?).then_some(()))

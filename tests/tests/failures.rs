@@ -500,16 +500,17 @@ fn certificates_are_renewed_unnoticed_and_run_out_without_a_controller() -> Resu
     short.finish_served()?;
 
     lab.kill_controller()?;
-    until("the end of the certificates", LIMIT, || {
-        let answer = get(&lab, VISITOR, "http://cart/")?;
-        Ok((answer.status != 200).then_some(()))
-    })?;
     for url in ["http://cart/", "http://stock/"] {
-        let answer = get(&lab, VISITOR, url)?;
+        let answer = until("the end of the certificates", LIMIT, || {
+            let answer = get(&lab, VISITOR, url)?;
+            Ok((answer.status != 200).then_some(answer))
+        })?;
         assert!(answer.status == 503 || answer.exit != 0, "{answer:?}");
     }
-    let redis = lab.exec(VISITOR, &["redis-cli", "-h", "bank", "ping"])?;
-    assert!(!redis.stdout.contains("PONG"), "{redis}");
+    until("the end of the flows' certificates", LIMIT, || {
+        let redis = lab.exec(VISITOR, &["redis-cli", "-h", "bank", "ping"])?;
+        Ok((!redis.stdout.contains("PONG")).then_some(()))
+    })?;
     assert_eq!(
         get(&lab, VISITOR, "http://catalog/")?.status,
         200,
