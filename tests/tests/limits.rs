@@ -279,7 +279,7 @@ fn breakers_open_probe_and_recover() -> Result<()> {
             || {
                 apply(
                     &lab,
-                    &traffic(destination, "circuitBreaker: {consecutiveFailures: 5, openFor: 3s}"),
+                    &traffic(destination, "circuitBreaker: {consecutiveFailures: 5, openFor: 4s}"),
                 )?;
                 behave(&lab, &pod, "status=500")?;
                 let (counted, before) = (Counted::new(&lab, "node-1", "source", destination)?, served()?);

@@ -446,10 +446,7 @@ fn access_policies_decide_by_identity_port_method_and_path() -> Result<()> {
                 apply(&lab, &access_both("callers", "Allow", rules))?;
                 for (flow, (destination, node)) in flows.into_iter().zip(NEAR_AND_FAR) {
                     let end = end_of(&flow.wait(CUT_LIMIT)?.stdout)?;
-                    ensure!(
-                        end["how"] == "ConnectionResetError",
-                        "{destination}: {end}"
-                    );
+                    ensure!(end["how"] == "ConnectionResetError", "{destination}: {end}");
                     let want = [
                         ("nodemesh.refusal", json!("permit-lost")),
                         ("url.path", json!("/upgrade")),
@@ -633,11 +630,13 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
     let stolen = || steal(&lab, "node-1", &identity(FRIEND), files.path());
 
     // How the impostor's try ends, which reason the destination's node counts once, and that nothing was delivered.
-    let refused = |from: &From, to: (&str, &str, &str), credential: Option<&Credential>, reason: &str| -> Result<()> {
+    // The credential is taken anew for each try: it is short-lived.
+    type Take<'a> = &'a dyn Fn() -> Result<Option<Credential>>;
+    let refused = |from: &From, to: (&str, &str, &str), take: Take<'_>, reason: &str| -> Result<()> {
         let (pod, host, node) = to;
         for alpn in ["nodemesh-http/1", "nodemesh-tcp/1"] {
             let before = (lab.metrics(node)?, behave(&lab, pod, "")?);
-            let said = impersonate(&lab, from, host, alpn, credential)?;
+            let said = impersonate(&lab, from, host, alpn, take()?.as_ref())?;
             ensure!(said["how"] != "answer", "{alpn} to {pod}: {said}");
             let refusal = [("reason", reason)];
             expect_growth(&lab, node, &before.0, "nodemesh_agent_refusals_total", &refusal, 1.0)
@@ -655,6 +654,7 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
         }
         Ok(())
     };
+    let fresh = || stolen().map(Some);
     let far_end = ("guard/far", far.as_str(), "node-2");
     let near_end = ("guard/near", near.as_str(), "node-1");
 
@@ -676,19 +676,14 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
         },
     );
     checks.check("a stolen certificate from a pod outside of the mesh", || {
-        refused(&From::Pod(STRANGER), far_end, Some(&stolen()?), "identity-mismatch")?;
-        refused(&From::Pod(STRANGER), near_end, Some(&stolen()?), "identity-mismatch")
+        refused(&From::Pod(STRANGER), far_end, &fresh, "identity-mismatch")?;
+        refused(&From::Pod(STRANGER), near_end, &fresh, "identity-mismatch")
     });
     checks.check("a stolen certificate from another pod's address", || {
-        refused(
-            &From::AgentIn(FOE, "node-1"),
-            far_end,
-            Some(&stolen()?),
-            "identity-mismatch",
-        )
+        refused(&From::AgentIn(FOE, "node-1"), far_end, &fresh, "identity-mismatch")
     });
     checks.check("a stolen certificate from an address of no workload", || {
-        refused(&From::Node("node-1"), far_end, Some(&stolen()?), "unknown-source")
+        refused(&From::Node("node-1"), far_end, &fresh, "unknown-source")
     });
     checks.check("a certificate of a self-made authority with the same name", || {
         let root = lab.ctl(&["bundle"])?.ok()?;
@@ -697,12 +692,12 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
         let subject = openssl(&["x509", "-in", &text(&file), "-noout", "-subject", "-nameopt", "compat"])?;
         let name = subject.trim().trim_start_matches("subject=").trim();
         ensure!(name.starts_with('/'), "{subject}");
-        let forged = forge(&identity(FRIEND), name, files.path())?;
-        refused(&own, far_end, Some(&forged), "source-handshake-failed")?;
-        refused(&From::Pod(STRANGER), near_end, Some(&forged), "source-handshake-failed")
+        let forged = || forge(&identity(FRIEND), name, files.path()).map(Some);
+        refused(&own, far_end, &forged, "source-handshake-failed")?;
+        refused(&From::Pod(STRANGER), near_end, &forged, "source-handshake-failed")
     });
     checks.check("no certificate at all", || {
-        refused(&own, far_end, None, "source-handshake-failed")
+        refused(&own, far_end, &|| Ok(None), "source-handshake-failed")
     });
     checks.check("an expired certificate, from the right address", || {
         let old = stolen()?;
@@ -713,7 +708,8 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
                 .output()?;
             Ok((!check.status.success()).then_some(()))
         })?;
-        refused(&own, far_end, Some(&old), "source-handshake-failed")?;
+        let old = || Ok(Some(Credential { file: old.file.clone() }));
+        refused(&own, far_end, &old, "source-handshake-failed")?;
         // The owner has a new one since.
         ensure!(
             statuses(&get("/").times(5).ask(&lab, FRIEND, "far", 80)?) == [(200, 5)].into(),
