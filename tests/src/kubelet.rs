@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::{Read, Seek, Write},
     net::IpAddr,
     path::{Path, PathBuf},
     process::Child,
@@ -244,7 +245,26 @@ pub fn write_hosts(state: &State, pod: &Pod) -> Result<()> {
     let names = service_names(state)?;
     let text = hosts::render(&pod.namespace, hostname, &pod.addresses, &names);
     let file = etc_directory(&state.name, pod).join("hosts");
-    fs::write(&file, text).with_context(|| format!("write {}", file.display()))
+    overwrite(&file, &text).with_context(|| format!("write {}", file.display()))
+}
+
+/// Writes a file in place, since it is mounted, and so that no reader finds it empty: a running program may be
+/// resolving a name.
+fn overwrite(file: &Path, text: &str) -> Result<()> {
+    let mut open = fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .read(true)
+        .open(file)?;
+    let mut old = String::new();
+    open.read_to_string(&mut old)?;
+    if old != text {
+        open.rewind()?;
+        open.write_all(text.as_bytes())?;
+        open.set_len(text.len() as u64)?;
+    }
+    Ok(())
 }
 
 fn service_names(state: &State) -> Result<Vec<hosts::Name>> {
