@@ -197,6 +197,10 @@ fn pods_enter_and_leave_the_mesh_while_their_connections_go_on() -> Result<()> {
     })?;
     meshed.goes_on().context("a connection from before the retirement")?;
 
+    for (event, count) in [("pod-captured", 4.0), ("pod-retired", 1.0)] {
+        assert_eq!(events(&lab, "node-1", event)?, count, "{event}");
+    }
+
     // A destination enters and leaves, too.
     let requests = Load::start(&lab, VISITOR, "connect", "http://catalog/", 30)?;
     outside("nodemesh.io/mesh: enabled")?;

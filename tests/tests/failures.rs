@@ -143,7 +143,7 @@ fn a_dead_agent_leaves_its_pods_refused_and_nothing_in_the_clear() -> Result<()>
     let flow = Flow::open(&lab, VISITOR, "bank")?;
 
     lab.kill_agent("node-2")?;
-    flow.is_cut()?;
+    flow.expect_cut()?;
     for (pod, url) in [
         (VISITOR, marked("cart")),
         (VISITOR, marked(&format!("{cart}:8080"))),
@@ -382,7 +382,8 @@ fn a_drain_ends_what_outlives_its_patience() -> Result<()> {
     for node in ["node-2", "node-1"] {
         let flow = Flow::open(&lab, VISITOR, "bank")?;
         lab.stop_agent(node)?;
-        flow.is_reset().with_context(|| format!("when {node} was stopped"))?;
+        flow.expect_reset()
+            .with_context(|| format!("when {node} was stopped"))?;
         let cut = record(&lab, node, |record| {
             record["nodemesh.outcome"] == "drained" && record["nodemesh.destination.workload"] == "bank"
         })?;
@@ -470,7 +471,7 @@ fn an_open_flow_ends_when_its_permit_is_withdrawn() -> Result<()> {
             .replace("sa/visitor", &format!("sa/{account}"))
     };
     apply(&lab, &deny("no-visitor", "visitor"))?;
-    far.is_reset()?;
+    far.expect_reset()?;
     let cut = record(&lab, "node-2", |record| record["nodemesh.refusal"] == "permit-lost")?;
     assert_eq!(
         cut["nodemesh.source.identity"], "spiffe://cluster.local/ns/shop/sa/visitor",
@@ -478,8 +479,8 @@ fn an_open_flow_ends_when_its_permit_is_withdrawn() -> Result<()> {
     );
     front.goes_on().context("a flow that is still permitted")?;
     apply(&lab, &deny("no-front", "front"))?;
-    near.is_reset().context("on one node")?;
-    front.is_reset()?;
+    near.expect_reset().context("on one node")?;
+    front.expect_reset()?;
     lab.down()
 }
 

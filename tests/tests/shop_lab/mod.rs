@@ -260,14 +260,14 @@ impl Flow {
     }
 
     /// That it is cut, and that its application is told so by a reset, not by an end that looks clean.
-    pub fn is_reset(self) -> Result<()> {
+    pub fn expect_reset(self) -> Result<()> {
         let output = self.program.wait(LIMIT)?;
         ensure!(output.stderr.contains("ConnectionResetError"), "not a reset: {output}");
         Ok(())
     }
 
     /// That it is cut, however its application learns of it.
-    pub fn is_cut(self) -> Result<()> {
+    pub fn expect_cut(self) -> Result<()> {
         let output = self.program.wait(LIMIT)?;
         ensure!(!output.status.success(), "nothing happened to it: {output}");
         Ok(())
