@@ -140,7 +140,9 @@ impl Schedule {
     /// How long an identity may wait for its next attempt.
     fn due_in(&self, identity: &SpiffeId, now: SystemTime) -> Duration {
         let entry = self.entries.get(identity);
-        entry.and_then(|entry| entry.due.duration_since(now).ok()).unwrap_or_default()
+        entry
+            .and_then(|entry| entry.due.duration_since(now).ok())
+            .unwrap_or_default()
     }
 
     /// Failures in a row, for status.
@@ -336,7 +338,10 @@ impl<S: Signer> Issuer<S> {
                 );
                 if let Some(events) = &self.events {
                     let valid_for = credential.expires().duration_since(now).unwrap_or_default();
-                    events.emit(Event::CredentialIssued { identity: pending.identity, valid_for });
+                    events.emit(Event::CredentialIssued {
+                        identity: pending.identity,
+                        valid_for,
+                    });
                 }
                 self.store.put(credential);
             }
@@ -349,7 +354,11 @@ impl<S: Signer> Issuer<S> {
         self.schedule.failed(identity, now, rand::random());
         if let Some(events) = &self.events {
             let retry_in = self.schedule.due_in(identity, now);
-            events.emit(Event::CredentialFailed { identity: identity.clone(), reason: reason.to_owned(), retry_in });
+            events.emit(Event::CredentialFailed {
+                identity: identity.clone(),
+                reason: reason.to_owned(),
+                retry_in,
+            });
         }
     }
 }
