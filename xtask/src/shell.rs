@@ -94,6 +94,13 @@ pub fn require_sudo() -> Result<()> {
     }
 }
 
+/// This process's PATH and the places where Debian keeps root's programs (`nft`, `tcpdump`), which a user's is without.
+pub fn root_path() -> OsString {
+    let mut path = env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin");
+    path
+}
+
 /// Runs this very program again as root with the same arguments; `None` if this process is root already.
 pub fn again_as_root() -> Result<Option<ExitCode>> {
     if is_root() {
@@ -101,9 +108,10 @@ pub fn again_as_root() -> Result<Option<ExitCode>> {
     }
     require_sudo()?;
     let mut command = Command::new("sudo");
-    command.arg("--").arg("env");
+    let mut path = OsString::from("PATH=");
+    path.push(root_path());
+    command.arg("--").arg("env").arg(path);
     for name in [
-        "PATH",
         "HOME",
         "CARGO",
         "CARGO_HOME",

@@ -4,7 +4,6 @@
 //! network namespaces need it. Without root it fails and says so. The last line is the sum over all programs.
 
 use std::{
-    env,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
@@ -150,9 +149,7 @@ fn run_test(test: &TestProgram, programs: &Path, filter: Option<&str>) -> Result
     };
     command.arg(assign("NODEMESH_PROGRAMS", programs));
     command.arg(assign("CARGO_MANIFEST_DIR", &test.package));
-    if let Some(path) = env::var_os("PATH") {
-        command.arg(assign("PATH", Path::new(&path)));
-    }
+    command.arg(assign("PATH", Path::new(&shell::root_path())));
     command.arg("RUST_BACKTRACE=0");
     command.arg(&test.program).args(filter).current_dir(&test.package);
     count(command)
