@@ -38,9 +38,6 @@ pub use scrape::{Samples, Source};
 /// How long a series stays after the last record that moved it.
 pub const SERIES_IDLE: Duration = Duration::from_secs(15 * 60);
 
-/// How often idle series are looked for.
-const EXPIRY_INTERVAL: Duration = Duration::from_secs(60);
-
 /// How a connection or request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
@@ -244,14 +241,6 @@ impl Events {
     /// Forgets series that did not move for long and that no record holds; returns how many pairs of parties went.
     pub fn expire(&self, now: Instant) -> usize {
         self.table.expire(now.saturating_duration_since(self.epoch))
-    }
-
-    /// Forgets idle series once a minute. For a task of the control thread; ends only when dropped.
-    pub async fn maintain(&self) {
-        loop {
-            tokio::time::sleep(EXPIRY_INTERVAL).await;
-            self.expire(now());
-        }
     }
 
     /// Whether lines are written: the path may save itself the copying of what only a line would show.

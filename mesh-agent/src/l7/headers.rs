@@ -232,26 +232,6 @@ pub fn name_is_valid(name: &[u8]) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte))
 }
 
-/// Whether two readers may take this path for two different ones: dot segments, doubled slashes, backslashes, or a
-/// slash, dot, backslash or NUL that is percent-encoded. A policy that decides by path must not decide on such a one.
-pub fn path_is_ambiguous(path: &str) -> bool {
-    let bytes = path.as_bytes();
-    let encoded = bytes.windows(3).any(|w| {
-        w.first() == Some(&b'%')
-            && w.get(1..).is_some_and(|code| {
-                [b"2f", b"2e", b"5c", b"00"]
-                    .iter()
-                    .any(|bad| code.eq_ignore_ascii_case(bad.as_slice()))
-            })
-    });
-    let doubled = bytes.windows(2).any(|w| w == b"//");
-    // A path parameter may hide a dot segment from one reader: `/..;x/`.
-    let dots = path
-        .split('/')
-        .any(|segment| matches!(segment.split(';').next(), Some("." | "..")));
-    encoded || doubled || dots || bytes.contains(&b'\\')
-}
-
 /// Fuzz entry: a `traceparent` that is accepted prints as one that reads the same.
 pub fn fuzz_traceparent(text: &str) {
     if let Some(parsed) = TraceParent::parse(text) {
@@ -326,27 +306,6 @@ mod tests {
         assert_eq!(changes.written().collect::<Vec<_>>(), [("b", "4"), ("c", "3")]);
         for (name, dropped) in [("A", true), ("B", true), ("c", false), ("D", true)] {
             assert_eq!(changes.drops(name.as_bytes()), dropped, "{name}");
-        }
-    }
-
-    #[test]
-    fn ambiguous_paths_are_known() {
-        for (path, ambiguous) in [
-            ("/", false),
-            ("/a/b.c/..d", false),
-            ("/a%20b", false),
-            ("/a/../b", true),
-            ("/a/./b", true),
-            ("/a/..", true),
-            ("/a/..;v=1/b", true),
-            ("/a//b", true),
-            ("/a%2Fb", true),
-            ("/%2e%2e/b", true),
-            ("/a\\b", true),
-            ("/a%5cb", true),
-            ("/a%00", true),
-        ] {
-            assert_eq!(path_is_ambiguous(path), ambiguous, "{path}");
         }
     }
 
