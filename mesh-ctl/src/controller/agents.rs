@@ -71,7 +71,7 @@ pub struct Progress {
 }
 
 fn unix(time: Option<SystemTime>) -> i64 {
-    time.map_or(0, |time| super::token::unix_seconds(time) as i64)
+    time.map_or(0, |time| super::unix_seconds(time) as i64)
 }
 
 impl Agent {

@@ -1,4 +1,4 @@
-//! The certificate authority: who signs, what a certificate of this mesh looks like, and the embedded CA.
+//! The certificate authority: who signs, what a certificate of this mesh looks like, and the CA whose key we hold.
 //!
 //! An [`Authority`] signs one checked [`SigningRequest`]; whether the asker may have that identity was decided before
 //! (`control.rs`) and is not asked again here. The subject, the names and the usages come from the request's checked
@@ -19,8 +19,6 @@ use rcgen::{
 };
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
-use super::store::{Store, StoreError};
-
 /// A certificate's life begins this long before it is signed, for clocks that run behind.
 pub const BACKDATE: Duration = Duration::from_secs(30);
 /// No workload or node certificate lives longer.
@@ -29,9 +27,6 @@ pub const SVID_TTL_MAX: Duration = Duration::from_secs(24 * 3600);
 const ROOT_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// The longest CSR that is looked at.
 pub const CSR_BYTES_MAX: usize = 4096;
-
-const SETTING_KEY: &str = "ca.key";
-const SETTING_CERTIFICATE: &str = "ca.certificate";
 
 /// Why a certificate was not signed.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +69,7 @@ pub struct Issued {
 /// The future of a signature: an authority may be a remote one.
 pub type Signing<'a> = Pin<Box<dyn Future<Output = Result<Issued, SignError>> + Send + 'a>>;
 
-/// Who signs certificates. The embedded CA is the default; an intermediate from elsewhere implements this.
+/// Who signs certificates.
 pub trait Authority: Send + Sync {
     /// The roots that prove this authority's signatures, the present one first.
     fn bundle(&self) -> Vec<CertificateDer<'static>>;
@@ -122,10 +117,12 @@ impl SigningRequest {
     }
 }
 
-/// The self-signed root that lives in the store.
-pub struct EmbeddedCa {
+/// A CA whose key is here: a root of our own, or an intermediate that somebody else's root signed.
+pub struct SigningCa {
     issuer: Issuer<'static, KeyPair>,
-    certificate: CertificateDer<'static>,
+    /// What stands between a leaf and the root.
+    intermediates: Vec<CertificateDer<'static>>,
+    roots: Vec<CertificateDer<'static>>,
     not_after: SystemTime,
     trust_domain: TrustDomain,
 }
@@ -154,61 +151,125 @@ fn params(not_before: SystemTime, not_after: SystemTime) -> CertificateParams {
     params
 }
 
-impl EmbeddedCa {
-    /// Opens the CA of this store, making its key and root when there is none.
-    pub fn open(store: &Store, trust_domain: &TrustDomain, now: SystemTime) -> Result<EmbeddedCa, CaError> {
-        let (key, certificate) = match (store.setting(SETTING_KEY)?, store.setting(SETTING_CERTIFICATE)?) {
-            (Some(key), Some(certificate)) => {
-                let der = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
-                let key = KeyPair::try_from(&der).map_err(|e| CaError::Stored(e.to_string()))?;
-                (key, CertificateDer::from(certificate))
-            }
-            (None, None) => {
-                let (key, certificate) = new_root(trust_domain, now).map_err(|e| CaError::Make(e.to_string()))?;
-                store.put_settings(&[
-                    (SETTING_KEY, key.serialized_der()),
-                    (SETTING_CERTIFICATE, certificate.as_ref()),
-                ])?;
-                (key, certificate)
-            }
-            _ => return Err(CaError::Stored("only one half of it is in the store".into())),
+/// Why a CA cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// A new root could not be made.
+    #[error("cannot make a root: {0}")]
+    Make(String),
+    /// The key or the certificates cannot be read, or do not belong together.
+    #[error("{0}")]
+    Unusable(String),
+}
+
+/// A key in PKCS #8 and its self-signed certificate.
+pub struct NewRoot {
+    /// The key, DER.
+    pub key: Vec<u8>,
+    /// The certificate.
+    pub certificate: CertificateDer<'static>,
+}
+
+impl SigningCa {
+    /// Takes a key with its certificate, the certificates up to the root, and the roots. Without roots, the last of the
+    /// chain must be self-signed and is the root.
+    pub fn new(
+        key: &PrivateKeyDer<'_>,
+        chain: Vec<CertificateDer<'static>>,
+        roots: Vec<CertificateDer<'static>>,
+        trust_domain: &TrustDomain,
+    ) -> Result<SigningCa, CaError> {
+        let unusable = |what: &str| CaError::Unusable(what.to_owned());
+        let key = KeyPair::try_from(key).map_err(|e| CaError::Unusable(format!("the key: {e}")))?;
+        let signing = chain.first().ok_or_else(|| unusable("there is no certificate"))?;
+        let (_, parsed) = x509_parser::parse_x509_certificate(signing)
+            .map_err(|e| CaError::Unusable(format!("the certificate: {e}")))?;
+        if !parsed.is_ca() {
+            return Err(unusable("the certificate is not one of a CA"));
+        }
+        if parsed.public_key().raw != key.subject_public_key_info().as_slice() {
+            return Err(unusable("the key is not the certificate's"));
+        }
+        let self_signed = |der: &CertificateDer<'_>| {
+            x509_parser::parse_x509_certificate(der).is_ok_and(|(_, c)| c.subject() == c.issuer())
         };
-        let not_after = not_after(&certificate).ok_or_else(|| CaError::Stored("its certificate".into()))?;
-        let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|e| CaError::Stored(e.to_string()))?;
-        Ok(EmbeddedCa {
+        let roots = match (roots.is_empty(), chain.last()) {
+            (false, _) => roots,
+            (true, Some(last)) if self_signed(last) => vec![last.clone()],
+            _ => {
+                return Err(unusable(
+                    "the chain does not end in a self-signed root, and no root is given",
+                ));
+            }
+        };
+        let intermediates: Vec<_> = chain.iter().filter(|der| !self_signed(der)).cloned().collect();
+        verify_chain(signing, &intermediates, &roots)?;
+        let not_after = chain.iter().filter_map(not_after).min();
+        let not_after = not_after.ok_or_else(|| unusable("the certificate has no end"))?;
+        let issuer = Issuer::from_ca_cert_der(signing, key).map_err(|e| CaError::Unusable(e.to_string()))?;
+        Ok(SigningCa {
             issuer,
-            certificate,
+            intermediates,
+            roots,
             not_after,
             trust_domain: trust_domain.clone(),
         })
     }
+
+    /// Makes a key and a root for a trust domain.
+    pub fn new_root(trust_domain: &TrustDomain, now: SystemTime) -> Result<NewRoot, CaError> {
+        let make = || {
+            let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+            let mut root = params(now - BACKDATE, now + ROOT_TTL);
+            root.distinguished_name
+                .push(DnType::CommonName, format!("Nodemesh root of {trust_domain}"));
+            root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+            root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+            // SPIFFE X509-SVID §3.2: a signing certificate may carry the trust domain's own id.
+            root.subject_alt_names = vec![SanType::URI(format!("spiffe://{trust_domain}").try_into()?)];
+            let certificate = root.self_signed(&key)?.der().clone();
+            Ok(NewRoot {
+                key: key.serialize_der(),
+                certificate,
+            })
+        };
+        make().map_err(|e: rcgen::Error| CaError::Make(e.to_string()))
+    }
+
+    /// The end of the signing certificate's life.
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
 }
 
-/// Why the embedded CA cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum CaError {
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// What is stored is not a CA.
-    #[error("the stored CA cannot be read: {0}")]
-    Stored(String),
-    /// A new root could not be made.
-    #[error("cannot make a root: {0}")]
-    Make(String),
-}
-
-fn new_root(trust_domain: &TrustDomain, now: SystemTime) -> Result<(KeyPair, CertificateDer<'static>), rcgen::Error> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-    let mut root = params(now - BACKDATE, now + ROOT_TTL);
-    root.distinguished_name
-        .push(DnType::CommonName, format!("Nodemesh root of {trust_domain}"));
-    root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    // SPIFFE X509-SVID §3.2: a signing certificate may carry the trust domain's own id.
-    root.subject_alt_names = vec![SanType::URI(format!("spiffe://{trust_domain}").try_into()?)];
-    let certificate = root.self_signed(&key)?.der().clone();
-    Ok((key, certificate))
+/// Each certificate must be signed by the next, and the last by a root: an agent would refuse what is not.
+fn verify_chain(
+    signing: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    roots: &[CertificateDer<'_>],
+) -> Result<(), CaError> {
+    let parse =
+        |der: &'_ CertificateDer<'_>| x509_parser::parse_x509_certificate(der).map(|(_, c)| c.subject().to_string());
+    if roots.iter().any(|root| root == signing) {
+        return Ok(());
+    }
+    let mut below = signing;
+    for above in intermediates.iter().skip(1).chain(roots) {
+        let (Ok((_, lower)), Ok((_, upper))) = (
+            x509_parser::parse_x509_certificate(below),
+            x509_parser::parse_x509_certificate(above),
+        ) else {
+            return Err(CaError::Unusable("a certificate of the chain cannot be read".into()));
+        };
+        if lower.issuer() == upper.subject() {
+            if roots.iter().any(|root| root == above) {
+                return Ok(());
+            }
+            below = above;
+        }
+    }
+    let name = parse(below).unwrap_or_default();
+    Err(CaError::Unusable(format!("no given root has signed {name}")))
 }
 
 /// The end of a certificate's life.
@@ -218,9 +279,15 @@ pub fn not_after(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
     Some(UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
-impl Authority for EmbeddedCa {
+impl SigningCa {
+    fn chain(&self, leaf: &CertificateDer<'static>) -> Vec<CertificateDer<'static>> {
+        std::iter::once(leaf).chain(&self.intermediates).cloned().collect()
+    }
+}
+
+impl Authority for SigningCa {
     fn bundle(&self) -> Vec<CertificateDer<'static>> {
-        vec![self.certificate.clone()]
+        self.roots.clone()
     }
 
     fn sign<'a>(&'a self, request: &'a SigningRequest, now: SystemTime) -> Signing<'a> {
@@ -236,7 +303,7 @@ impl Authority for EmbeddedCa {
                 .signed_by(&request.public_key, &self.issuer)
                 .map_err(authority_error)?;
             Ok(Issued {
-                chain: vec![certificate.der().clone()],
+                chain: self.chain(certificate.der()),
             })
         })()))
     }
@@ -257,7 +324,7 @@ impl Authority for EmbeddedCa {
         }
         let certificate = leaf.signed_by(&key, &self.issuer).map_err(authority_error)?;
         Ok(Serving {
-            chain: vec![certificate.der().clone()],
+            chain: self.chain(certificate.der()),
             key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
         })
     }
@@ -274,20 +341,109 @@ mod tests {
         params.serialize_request(key).unwrap().der().to_vec()
     }
 
-    fn authority() -> (tempfile::TempDir, EmbeddedCa, SystemTime) {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path(), 3).unwrap();
-        let domain = TrustDomain::new("cluster.local").unwrap();
+    fn domain() -> TrustDomain {
+        TrustDomain::new("cluster.local").unwrap()
+    }
+
+    fn authority() -> (SigningCa, SystemTime) {
         let now = SystemTime::now();
-        let first = EmbeddedCa::open(&store, &domain, now).unwrap();
-        let again = EmbeddedCa::open(&store, &domain, now).unwrap();
-        assert_eq!(first.bundle(), again.bundle(), "the root must outlive a restart");
-        (dir, again, now)
+        let root = SigningCa::new_root(&domain(), now).unwrap();
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(root.key));
+        (
+            SigningCa::new(&key, vec![root.certificate], vec![], &domain()).unwrap(),
+            now,
+        )
+    }
+
+    /// Somebody's root, and an intermediate that it has signed.
+    fn intermediate() -> (Vec<u8>, CertificateDer<'static>, CertificateDer<'static>) {
+        let now = SystemTime::now();
+        let root_key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+        let ca = |name: &str| {
+            let mut ca = params(now - BACKDATE, now + SVID_TTL_MAX);
+            ca.distinguished_name.push(DnType::CommonName, name);
+            ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            ca.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            ca
+        };
+        let root = ca("corporate root").self_signed(&root_key).unwrap().der().clone();
+        let issuer = Issuer::from_ca_cert_der(&root, root_key).unwrap();
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        let middle = ca("mesh intermediate").signed_by(&key, &issuer).unwrap().der().clone();
+        (key.serialize_der(), middle, root)
+    }
+
+    #[tokio::test]
+    async fn an_intermediate_signs_and_stands_in_the_chain_and_its_root_in_the_bundle() {
+        let (key, middle, root) = intermediate();
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
+        let ways = [
+            (vec![middle.clone()], vec![root.clone()]),
+            (vec![middle.clone(), root.clone()], vec![]),
+            (vec![middle.clone(), root.clone()], vec![root.clone()]),
+        ];
+        for (chain, roots) in ways {
+            let ca = SigningCa::new(&key, chain, roots, &domain()).unwrap();
+            assert_eq!(ca.bundle(), std::slice::from_ref(&root));
+            let identity: SpiffeId = "spiffe://cluster.local/ns/shop/sa/front".parse().unwrap();
+            let own = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+            let request = SigningRequest::new(&csr(&own, &[]), identity, SVID_TTL_MAX * 9).unwrap();
+            let issued = ca.sign(&request, SystemTime::now()).await.unwrap();
+            assert_eq!(issued.chain.len(), 2);
+            let anchor = webpki::anchor_from_trusted_cert(&root).unwrap();
+            let end = webpki::EndEntityCert::try_from(&issued.chain[0]).unwrap();
+            end.verify_for_usage(
+                webpki::ALL_VERIFICATION_ALGS,
+                &[anchor],
+                &issued.chain[1..],
+                rustls_pki_types::UnixTime::now(),
+                webpki::KeyUsage::client_auth(),
+                None,
+                None,
+            )
+            .unwrap();
+            assert!(
+                not_after(&issued.chain[0]) <= not_after(&middle),
+                "it would outlive its issuer"
+            );
+        }
+    }
+
+    #[test]
+    fn a_key_and_certificates_that_do_not_belong_together_are_refused() {
+        let (key, middle, root) = intermediate();
+        let (other_key, _, other_root) = intermediate();
+        let der = |key: &[u8]| PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.to_vec()));
+        let own = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        let mut leaf = CertificateParams::default();
+        leaf.is_ca = IsCa::ExplicitNoCa;
+        let leaf = leaf.self_signed(&own).unwrap().der().clone();
+        let cases = [
+            (der(&key), vec![], vec![root.clone()], "no certificate"),
+            (der(&key), vec![middle.clone()], vec![], "no root is given"),
+            (der(&key), vec![middle.clone()], vec![leaf.clone()], "no given root"),
+            (
+                der(&other_key),
+                vec![middle.clone()],
+                vec![root],
+                "not the certificate's",
+            ),
+            (
+                der(&own.serialize_der()),
+                vec![leaf],
+                vec![other_root],
+                "not one of a CA",
+            ),
+        ];
+        for (key, chain, roots, expected) in cases {
+            let error = SigningCa::new(&key, chain, roots, &domain()).err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[tokio::test]
     async fn a_certificate_holds_the_identity_and_the_bounds_and_nothing_else() {
-        let (_dir, ca, now) = authority();
+        let (ca, now) = authority();
         let identity: SpiffeId = "spiffe://cluster.local/ns/shop/sa/front".parse().unwrap();
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
         let request =

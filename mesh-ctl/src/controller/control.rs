@@ -30,11 +30,9 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{
     agents::{Agents, Session},
     ca::{self, Authority, Issued},
-    index::Index,
     session::SyncState,
-    store::Store,
+    source::{Admission, AdmissionError, Source},
     tls::Peer,
-    token,
 };
 
 /// The most requests in one `Sign` call.
@@ -47,11 +45,11 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the service works with.
 pub struct ControlService {
     /// The documents.
-    pub index: Arc<Index>,
+    pub source: Arc<dyn Source>,
     /// The agents.
     pub agents: Arc<Agents>,
-    /// The tokens.
-    pub store: Arc<Store>,
+    /// Who may join.
+    pub admission: Arc<dyn Admission>,
     /// Who signs.
     pub authority: Arc<dyn Authority>,
     /// The life of a workload's certificate.
@@ -91,7 +89,7 @@ fn node_of(peer: &Peer) -> Result<String, Status> {
 impl ControlService {
     async fn sign_one(&self, node: &str, request: &SigningRequest) -> Result<Issued, String> {
         let identity: SpiffeId = request.identity.parse().map_err(|e| format!("not an identity: {e}"))?;
-        if !self.index.current().runs(node, &identity) {
+        if !self.source.current().runs(node, &identity) {
             return Err(format!("node {node} runs no workload with the identity {identity}"));
         }
         let request = ca::SigningRequest::new(&request.csr_der, identity, self.svid_ttl).map_err(|e| e.to_string())?;
@@ -105,7 +103,7 @@ impl Control for ControlService {
     async fn bootstrap(&self, request: Request<BootstrapRequest>) -> Result<Response<BootstrapResponse>, Status> {
         let peer = peer(&request)?;
         let request = request.into_inner();
-        let identity = SpiffeId::node(self.index.trust_domain(), &request.node_name)
+        let identity = SpiffeId::node(self.source.trust_domain(), &request.node_name)
             .map_err(|e| Status::invalid_argument(format!("node name {:?}: {e}", request.node_name)))?;
         let joins = !request.join_token.is_empty();
         if !joins {
@@ -113,17 +111,17 @@ impl Control for ControlService {
                 return Err(Status::permission_denied("a node's certificate renews itself only"));
             }
         } else {
-            let (store, node, text) = (self.store.clone(), request.node_name.clone(), request.join_token);
-            let checked =
-                tokio::task::spawn_blocking(move || token::check(&store, &text, &node, SystemTime::now())).await;
-            match checked {
-                Ok(Ok(Ok(()))) => {}
-                Ok(Ok(Err(refused))) => {
-                    tracing::warn!(node = %request.node_name, address = %peer.address, why = refused.why, "a join was refused");
-                    return Err(Status::permission_denied(refused.to_string()));
+            match self.admission.admit(&request.join_token, &request.node_name).await {
+                Ok(()) => {}
+                Err(AdmissionError::Refused { told, why }) => {
+                    tracing::warn!(node = %request.node_name, address = %peer.address, %why, "a join was refused");
+                    return Err(Status::permission_denied(told));
                 }
-                Ok(Err(error)) => return Err(internal("the token cannot be checked", &error)),
-                Err(error) => return Err(internal("the token cannot be checked", &error)),
+                // Not the caller's fault: it tries again.
+                Err(error @ AdmissionError::Failed(_)) => {
+                    tracing::error!(node = %request.node_name, ?error, "a join cannot be decided");
+                    return Err(Status::unavailable(error.to_string()));
+                }
             }
         }
         let signing = ca::SigningRequest::new(&request.csr_der, identity, NODE_TTL)
@@ -140,7 +138,7 @@ impl Control for ControlService {
         Ok(Response::new(BootstrapResponse {
             chain: Some(chain(issued)),
             trust_bundle: Some(roots(&*self.authority).into()),
-            trust_domain: self.index.trust_domain().as_str().to_owned(),
+            trust_domain: self.source.trust_domain().as_str().to_owned(),
         }))
     }
 
@@ -184,7 +182,7 @@ impl Control for ControlService {
             peer,
             incoming: request.into_inner(),
             outgoing: sender,
-            index: self.index.clone(),
+            source: self.source.clone(),
             agents: self.agents.clone(),
             authority: self.authority.clone(),
             stop: self.stop.clone(),
@@ -205,7 +203,7 @@ struct AgentStream {
     peer: Peer,
     incoming: Streaming<AgentMessage>,
     outgoing: mpsc::Sender<Result<ControllerMessage, Status>>,
-    index: Arc<Index>,
+    source: Arc<dyn Source>,
     agents: Arc<Agents>,
     authority: Arc<dyn Authority>,
     stop: CancellationToken,
@@ -248,13 +246,13 @@ impl AgentStream {
             // What it holds may have been numbered by a store that is gone.
             true => None,
             false => {
-                let index = self.index.clone();
-                let base = tokio::task::spawn_blocking(move || index.compiled_at(resume)).await;
+                let source = self.source.clone();
+                let base = tokio::task::spawn_blocking(move || source.compiled_at(resume)).await;
                 base.map_err(|e| internal("the revision cannot be rebuilt", &e))?
             }
         };
         tracing::info!(%node, %agent_version, held = %resume, resumes = base.is_some(), "an agent has connected");
-        let held = if resume <= self.index.summary().0 {
+        let held = if resume <= self.source.summary().revision {
             resume
         } else {
             Revision(0)
@@ -266,12 +264,12 @@ impl AgentStream {
             self.peer.node.as_ref().map(|node| node.expires),
             SystemTime::now(),
         );
-        Ok((session, SyncState::new(&node, self.index.trust_domain().clone(), base)))
+        Ok((session, SyncState::new(&node, self.source.trust_domain().clone(), base)))
     }
 
     async fn serve(&mut self) -> Result<(), Status> {
         let (session, mut state) = self.hello().await?;
-        let mut published = self.index.subscribe();
+        let mut published = self.source.published();
         loop {
             let newest = published.borrow_and_update().clone();
             if let Some(newest) = newest

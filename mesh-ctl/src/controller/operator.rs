@@ -1,6 +1,7 @@
-//! The `Operator` service on the controller's Unix socket: documents in and out, status, tokens.
+//! The `Operator` service: documents in and out, status, tokens.
 //!
-//! Whoever may open the socket (mode 0600) runs the mesh; there is no further question who calls. Everything that
+//! Whoever may open its door (a Unix socket of mode 0600, or in a cluster a port that only a port-forward reaches) runs
+//! the mesh; there is no further question who calls. Everything that
 //! touches the disk runs beside the runtime. An apply is acknowledged only when it is on disk.
 
 use std::{
@@ -24,47 +25,47 @@ use super::{
     agents::Agents,
     ca::{self, Authority},
     control,
-    index::{Index, Outcome, key_parts, text_key},
-    store::{Store, StoreError},
+    source::{Admission, Outcome, Source, SourceError, key_parts, text_key},
     tls::Tls,
-    token,
+    unix_seconds,
 };
 
 /// The life of a join token when the operator asks for none.
 pub const TOKEN_TTL_DEFAULT: Duration = Duration::from_secs(24 * 3600);
+/// The longest life that a token may be given.
+pub const TOKEN_TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The longest wait for agents.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
 /// What the service works with.
 pub struct OperatorService {
     /// The documents.
-    pub index: Arc<Index>,
+    pub source: Arc<dyn Source>,
     /// The agents.
     pub agents: Arc<Agents>,
-    /// The tokens.
-    pub store: Arc<Store>,
+    /// Who may join.
+    pub admission: Arc<dyn Admission>,
     /// The roots.
     pub authority: Arc<dyn Authority>,
     /// The serving certificate.
     pub tls: Arc<Tls>,
 }
 
-fn store_failed(error: StoreError) -> Status {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
+fn status_of(error: SourceError) -> Status {
+    match error {
+        SourceError::Failed(text) => {
+            tracing::error!(error = %text, "an operator's request failed");
+            Status::internal(text)
+        }
+        SourceError::NotHere(text) => Status::failed_precondition(text),
     }
-    tracing::error!(error = %text, "the store failed");
-    Status::internal(format!("the store failed, nothing was changed: {text}"))
 }
 
 async fn on_disk<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+    work: impl FnOnce() -> Result<T, SourceError> + Send + 'static,
 ) -> Result<T, Status> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done.map_err(store_failed),
+        Ok(done) => done.map_err(status_of),
         Err(error) => Err(Status::internal(format!("the request failed: {error}"))),
     }
 }
@@ -90,13 +91,13 @@ fn changes(outcome: &Outcome) -> Vec<DocumentChange> {
 }
 
 fn unix(time: Option<SystemTime>) -> i64 {
-    time.map_or(0, |time| token::unix_seconds(time) as i64)
+    time.map_or(0, |time| unix_seconds(time) as i64)
 }
 
 impl OperatorService {
     fn nodes(&self) -> Vec<String> {
-        let (_, documents) = self.index.get("Node", "", "");
-        documents.iter().map(|(key, ..)| key_parts(key).2.to_owned()).collect()
+        let (_, documents) = self.source.documents("Node", "", "");
+        documents.iter().map(|kept| key_parts(&kept.key).2.to_owned()).collect()
     }
 }
 
@@ -105,8 +106,8 @@ impl Operator for OperatorService {
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
         let request = request.into_inner();
         let sources: Vec<_> = request.sources.into_iter().map(|s| (s.name, s.yaml)).collect();
-        let index = self.index.clone();
-        let outcome = on_disk(move || index.apply(&sources, request.dry_run, SystemTime::now())).await?;
+        let source = self.source.clone();
+        let outcome = on_disk(move || source.apply(&sources, request.dry_run, SystemTime::now())).await?;
         Ok(Response::new(ApplyResponse {
             revision: outcome.revision.0,
             changes: changes(&outcome),
@@ -116,13 +117,13 @@ impl Operator for OperatorService {
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         let request = request.into_inner();
-        let (revision, found) = self.index.get(&request.kind, &request.namespace, &request.name);
-        let documents = found.into_iter().map(|(key, stored, unreadable)| StoredDocument {
-            key: Some(wire_key(&key)),
-            generation: stored.generation,
-            revision: stored.revision,
-            json: stored.document.to_string(),
-            unreadable,
+        let (revision, found) = self.source.documents(&request.kind, &request.namespace, &request.name);
+        let documents = found.into_iter().map(|kept| StoredDocument {
+            key: Some(wire_key(&kept.key)),
+            generation: kept.generation,
+            revision: kept.revision,
+            json: kept.document.to_string(),
+            unreadable: kept.unreadable,
         });
         Ok(Response::new(GetResponse {
             revision: revision.0,
@@ -148,11 +149,11 @@ impl Operator for OperatorService {
             }
         }
         let outcome = if wrong.is_empty() {
-            let index = self.index.clone();
-            on_disk(move || index.delete(&keys, request.dry_run, SystemTime::now())).await?
+            let source = self.source.clone();
+            on_disk(move || source.delete(&keys, request.dry_run, SystemTime::now())).await?
         } else {
             Outcome {
-                revision: self.index.summary().0,
+                revision: self.source.summary().revision,
                 problems: wrong,
                 ..Outcome::default()
             }
@@ -165,8 +166,8 @@ impl Operator for OperatorService {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        let (revision, made, documents) = self.index.summary();
-        let (unreadable, withheld) = self.index.unreadable();
+        let summary = self.source.summary();
+        let (unreadable, withheld) = self.source.unreadable();
         let root = self.authority.bundle().first().and_then(ca::not_after);
         let unreadable = unreadable.into_iter().map(|document| StoredDocument {
             key: Some(wire_key(&document.key)),
@@ -175,11 +176,11 @@ impl Operator for OperatorService {
         });
         Ok(Response::new(StatusResponse {
             controller_version: env!("CARGO_PKG_VERSION").to_owned(),
-            trust_domain: self.index.trust_domain().as_str().to_owned(),
-            revision: revision.0,
-            revision_made_unix: unix(Some(made)),
+            trust_domain: self.source.trust_domain().as_str().to_owned(),
+            revision: summary.revision.0,
+            revision_made_unix: unix(Some(summary.made)),
             ca_expires_unix: unix(root),
-            documents: u32::try_from(documents).unwrap_or(u32::MAX),
+            documents: u32::try_from(summary.documents).unwrap_or(u32::MAX),
             nodes: self.agents.list(self.nodes()),
             unreadable: unreadable.collect(),
             withheld,
@@ -218,18 +219,18 @@ impl Operator for OperatorService {
         request: Request<IssueJoinTokenRequest>,
     ) -> Result<Response<IssueJoinTokenResponse>, Status> {
         let request = request.into_inner();
-        SpiffeId::node(self.index.trust_domain(), &request.node)
+        SpiffeId::node(self.source.trust_domain(), &request.node)
             .map_err(|e| Status::invalid_argument(format!("node name {:?}: {e}", request.node)))?;
         let ttl = match request.valid_for_seconds {
             0 => TOKEN_TTL_DEFAULT,
             seconds => Duration::from_secs(seconds.into()),
         };
-        if ttl > token::TOKEN_TTL_MAX {
-            let days = token::TOKEN_TTL_MAX.as_secs() / 86400;
+        if ttl > TOKEN_TTL_MAX {
+            let days = TOKEN_TTL_MAX.as_secs() / 86400;
             return Err(Status::invalid_argument(format!("a token lives {days} days at most")));
         }
-        let (store, now) = (self.store.clone(), SystemTime::now());
-        let join_token = on_disk(move || token::create(&store, &request.node, ttl, now)).await?;
+        let (admission, now) = (self.admission.clone(), SystemTime::now());
+        let join_token = on_disk(move || admission.issue(&request.node, ttl, now)).await?;
         Ok(Response::new(IssueJoinTokenResponse {
             join_token,
             expires_unix: unix(Some(now + ttl)),

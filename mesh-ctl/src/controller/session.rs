@@ -13,7 +13,7 @@ use mesh_api::{
     workload::Revision,
 };
 
-use super::index::Compiled;
+use super::source::Compiled;
 
 /// See the module.
 pub struct SyncState {
@@ -92,7 +92,7 @@ impl SyncState {
 
     fn upserts(&self, base: &Compiled, newest: &Compiled) -> Vec<Resource> {
         let mut upserts = Vec::new();
-        for (key, resource) in &newest.resources {
+        for (key, resource) in newest.resources.iter() {
             match base.resources.get(key) {
                 Some(old) if Arc::ptr_eq(old, resource) => {}
                 Some(old) => {

@@ -1,4 +1,4 @@
-//! The index: the documents, the revision that they make, and what agents are told of it.
+//! The standalone source: documents in an embedded store, and the revisions that they make.
 //!
 //! Whoever changes the documents does so alone: validates, commits to the store, and only then replaces the whole
 //! [`State`] and publishes the compiled revision. Readers take whole values, wait for no disk and never see half an apply. A stored document that this
@@ -6,57 +6,26 @@
 //! a namespace's label or the service that a policy names, a door would open. Agents keep what they have meanwhile.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use mesh_api::{
-    document::{Change, Document, DocumentKey, DocumentSet, Kind, Problem, Resource, ResourceKey, parse},
-    identity::{SpiffeId, TrustDomain},
+    document::{Change, Document, DocumentKey, DocumentSet, Kind, Problem, parse},
+    identity::TrustDomain,
     workload::Revision,
 };
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use super::store::{self, RevisionRecord, Store, StoreError, Stored};
+use crate::controller::source::{
+    Compiled, Kept, Outcome, Publisher, Source, SourceError, Summary, Unreadable, key_parts, text_of,
+};
 
 /// How many documents the controller holds at most.
 pub const DOCUMENTS_MAX: usize = 100_000;
-/// How many compiled revisions are kept for agents that resume.
-const COMPILED_MAX: usize = 8;
-
-/// One revision as agents see it, before the node's filter.
-pub struct Compiled {
-    /// Its number.
-    pub revision: Revision,
-    /// Its resources. Those that did not change are shared with the revision before.
-    pub resources: BTreeMap<ResourceKey, Arc<Resource>>,
-    /// Which identities each node runs.
-    identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>>,
-}
-
-/// What an apply or delete came to.
-#[derive(Debug, Default)]
-pub struct Outcome {
-    /// The revision that holds now.
-    pub revision: Revision,
-    /// What happened to each document, in the order given.
-    pub changes: Vec<(DocumentKey, Change)>,
-    /// Why nothing was changed; empty if it was.
-    pub problems: Vec<Problem>,
-    /// What is odd but was accepted.
-    pub warnings: Vec<Problem>,
-}
-
-/// A stored document that this program cannot read.
-#[derive(Clone, Debug)]
-pub struct Unreadable {
-    /// `Kind/namespace/name`.
-    pub key: String,
-    /// Why.
-    pub why: String,
-}
 
 type StoredSet = BTreeMap<String, Arc<Stored>>;
 
@@ -77,32 +46,9 @@ pub struct Index {
     /// Held by whoever changes the documents, from the first look to the publication.
     writer: Mutex<()>,
     state: RwLock<Arc<State>>,
-    /// Newest last.
-    recent: Mutex<VecDeque<Arc<Compiled>>>,
-    published: watch::Sender<Option<Arc<Compiled>>>,
+    publisher: Publisher,
     /// Agents that hold an older revision got it from a program that may have compiled it otherwise.
     resume_floor: u64,
-}
-
-/// The key as the store writes it.
-pub fn text_key(kind: &str, namespace: &str, name: &str) -> String {
-    let (kind, namespace) = match Kind::find(kind) {
-        Some(kind) if kind.is_namespaced() => (kind.as_str(), namespace),
-        Some(kind) => (kind.as_str(), ""),
-        None => (kind, namespace),
-    };
-    format!("{kind}/{namespace}/{name}")
-}
-
-fn text_of(key: &DocumentKey) -> String {
-    text_key(key.kind.as_str(), &key.namespace, &key.name)
-}
-
-/// The parts of a stored key.
-pub fn key_parts(key: &str) -> (&str, &str, &str) {
-    let mut parts = key.splitn(3, '/');
-    let mut next = || parts.next().unwrap_or_default();
-    (next(), next(), next())
 }
 
 fn milliseconds(time: SystemTime) -> u64 {
@@ -140,41 +86,6 @@ fn read_all(stored: &StoredSet) -> (DocumentSet, BTreeMap<String, String>) {
     (set, unreadable)
 }
 
-impl Compiled {
-    /// Compiles a set; what did not change since `before` is shared with it.
-    pub(super) fn new(
-        revision: Revision,
-        set: &DocumentSet,
-        domain: &TrustDomain,
-        before: Option<&Compiled>,
-    ) -> Compiled {
-        let mut resources = BTreeMap::new();
-        let mut identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>> = BTreeMap::new();
-        for resource in set.resources(domain) {
-            if let Resource::Workload(workload) = &resource {
-                let on_node = identities.entry(workload.node.clone()).or_default();
-                on_node.insert(workload.identity.clone());
-            }
-            let key = resource.key();
-            let shared = before
-                .and_then(|before| before.resources.get(&key))
-                .filter(|old| ***old == resource)
-                .cloned();
-            resources.insert(key, shared.unwrap_or_else(|| Arc::new(resource)));
-        }
-        Compiled {
-            revision,
-            resources,
-            identities,
-        }
-    }
-
-    /// Whether a workload with that identity runs on that node.
-    pub fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
-        self.identities.get(node).is_some_and(|all| all.contains(identity))
-    }
-}
-
 impl Index {
     /// Reads the store.
     pub fn open(store: Arc<Store>, trust_domain: TrustDomain) -> Result<Index, StoreError> {
@@ -207,17 +118,11 @@ impl Index {
                 unreadable,
                 current,
             })),
-            recent: Mutex::default(),
-            published: watch::Sender::new(None),
+            publisher: Publisher::default(),
             resume_floor,
         };
         index.publish(&index.state());
         Ok(index)
-    }
-
-    /// The trust domain.
-    pub fn trust_domain(&self) -> &TrustDomain {
-        &self.trust_domain
     }
 
     fn state(&self) -> Arc<State> {
@@ -225,89 +130,12 @@ impl Index {
     }
 
     fn publish(&self, state: &State) {
-        let mut recent = self.recent.lock();
-        recent.push_back(state.current.clone());
-        while recent.len() > COMPILED_MAX {
-            recent.pop_front();
-        }
-        drop(recent);
+        self.publisher.remember(state.current.clone());
         if !state.unreadable.is_empty() {
             tracing::error!("nothing is sent to agents while a stored document cannot be read");
         } else {
-            self.published.send_replace(Some(state.current.clone()));
+            self.publisher.publish(state.current.clone());
         }
-    }
-
-    /// What agents are to hold; `None` while it is withheld and nothing was published before.
-    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Compiled>>> {
-        self.published.subscribe()
-    }
-
-    /// The newest revision as compiled, published or not.
-    pub fn current(&self) -> Arc<Compiled> {
-        self.state().current.clone()
-    }
-
-    /// The newest revision, when it was made, and how many documents it has.
-    pub fn summary(&self) -> (Revision, SystemTime, usize) {
-        let state = self.state();
-        (state.revision, state.made, state.stored.len())
-    }
-
-    /// Stored documents that cannot be read, and whether that withholds revisions from agents.
-    pub fn unreadable(&self) -> (Vec<Unreadable>, bool) {
-        let state = self.state();
-        let all = state.unreadable.iter().map(|(key, why)| Unreadable {
-            key: key.clone(),
-            why: why.clone(),
-        });
-        (all.collect(), !state.unreadable.is_empty())
-    }
-
-    /// The stored documents that match; an empty field matches everything.
-    pub fn get(&self, kind: &str, namespace: &str, name: &str) -> (Revision, Vec<(String, Arc<Stored>, String)>) {
-        let kind = Kind::find(kind).map_or(kind, |kind| kind.as_str());
-        let state = self.state();
-        let matches = |key: &str| {
-            let parts = key_parts(key);
-            (kind.is_empty() || parts.0 == kind)
-                && (namespace.is_empty() || parts.1 == namespace)
-                && (name.is_empty() || parts.2 == name)
-        };
-        let found = state
-            .stored
-            .iter()
-            .filter(|(key, _)| matches(key))
-            .map(|(key, stored)| {
-                let why = state.unreadable.get(key).cloned().unwrap_or_default();
-                (key.clone(), stored.clone(), why)
-            });
-        (state.revision, found.collect())
-    }
-
-    /// The revision of that number as it was compiled, if an agent that holds it can be brought on from it.
-    pub fn compiled_at(&self, revision: Revision) -> Option<Arc<Compiled>> {
-        let state = self.state();
-        if revision.0 == 0 || revision > state.revision || revision.0 < self.resume_floor {
-            return None;
-        }
-        // Held throughout: agents that come back together rebuild a revision once.
-        let mut recent = self.recent.lock();
-        if let Some(found) = recent.iter().find(|c| c.revision == revision) {
-            return Some(found.clone());
-        }
-        let compiled = match self.rebuild(revision, &state) {
-            Ok(compiled) => Arc::new(compiled?),
-            Err(error) => {
-                tracing::warn!(%error, %revision, "the history cannot be read");
-                return None;
-            }
-        };
-        if recent.len() >= COMPILED_MAX {
-            recent.pop_front();
-        }
-        recent.push_front(compiled.clone());
-        Some(compiled)
     }
 
     fn rebuild(&self, revision: Revision, state: &State) -> Result<Option<Compiled>, StoreError> {
@@ -330,8 +158,7 @@ impl Index {
         Ok(known.then(|| Compiled::new(revision, &set, &self.trust_domain, Some(&state.current))))
     }
 
-    /// Validates all sources together and makes them the next revision, or changes nothing. Blocks on the disk.
-    pub fn apply(&self, sources: &[(String, String)], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
+    fn apply_all(&self, sources: &[(String, String)], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
         let mut problems = Vec::new();
         let mut documents: Vec<(String, Document)> = Vec::new();
         let mut seen: BTreeMap<DocumentKey, String> = BTreeMap::new();
@@ -417,8 +244,7 @@ impl Index {
         Ok(outcome)
     }
 
-    /// Deletes documents by `Kind/namespace/name`; one that is not there is a warning. Blocks on the disk.
-    pub fn delete(&self, keys: &[String], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
+    fn delete_all(&self, keys: &[String], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
         let _alone = self.writer.lock();
         let state = self.state();
         let mut outcome = Outcome {
@@ -493,6 +319,94 @@ impl Index {
     }
 }
 
+/// The whole chain of causes: the operator sees one line.
+pub fn failed(error: StoreError) -> SourceError {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    SourceError::Failed(format!("the store failed, nothing was changed: {text}"))
+}
+
+impl Source for Index {
+    fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    fn published(&self) -> watch::Receiver<Option<Arc<Compiled>>> {
+        self.publisher.subscribe()
+    }
+
+    fn current(&self) -> Arc<Compiled> {
+        self.state().current.clone()
+    }
+
+    fn compiled_at(&self, revision: Revision) -> Option<Arc<Compiled>> {
+        let state = self.state();
+        if revision.0 == 0 || revision > state.revision || revision.0 < self.resume_floor {
+            return None;
+        }
+        self.publisher.find(revision, || match self.rebuild(revision, &state) {
+            Ok(compiled) => Some(Arc::new(compiled?)),
+            Err(error) => {
+                tracing::warn!(%error, %revision, "the history cannot be read");
+                None
+            }
+        })
+    }
+
+    fn summary(&self) -> Summary {
+        let state = self.state();
+        Summary {
+            revision: state.revision,
+            made: state.made,
+            documents: state.stored.len(),
+        }
+    }
+
+    fn documents(&self, kind: &str, namespace: &str, name: &str) -> (Revision, Vec<Kept>) {
+        let kind = Kind::find(kind).map_or(kind, |kind| kind.as_str());
+        let state = self.state();
+        let matches = |key: &str| {
+            let parts = key_parts(key);
+            (kind.is_empty() || parts.0 == kind)
+                && (namespace.is_empty() || parts.1 == namespace)
+                && (name.is_empty() || parts.2 == name)
+        };
+        let found = state
+            .stored
+            .iter()
+            .filter(|(key, _)| matches(key))
+            .map(|(key, stored)| Kept {
+                key: key.clone(),
+                generation: stored.generation,
+                revision: stored.revision,
+                document: stored.document.clone(),
+                unreadable: state.unreadable.get(key).cloned().unwrap_or_default(),
+            });
+        (state.revision, found.collect())
+    }
+
+    fn unreadable(&self) -> (Vec<Unreadable>, bool) {
+        let state = self.state();
+        let all = state.unreadable.iter().map(|(key, why)| Unreadable {
+            key: key.clone(),
+            why: why.clone(),
+        });
+        (all.collect(), !state.unreadable.is_empty())
+    }
+
+    fn apply(&self, sources: &[(String, String)], dry_run: bool, now: SystemTime) -> Result<Outcome, SourceError> {
+        self.apply_all(sources, dry_run, now).map_err(failed)
+    }
+
+    fn delete(&self, keys: &[String], dry_run: bool, now: SystemTime) -> Result<Outcome, SourceError> {
+        self.delete_all(keys, dry_run, now).map_err(failed)
+    }
+}
+
 fn plain_problem(source: &str, message: String, expected: &str) -> Problem {
     Problem {
         source: source.to_owned(),
@@ -518,6 +432,8 @@ fn resume_floor(store: &Store, revision: u64) -> Result<u64, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use mesh_api::document::Resource;
+
     use super::*;
 
     fn open(dir: &std::path::Path) -> (Arc<Store>, Index) {
@@ -543,14 +459,14 @@ mod tests {
 
     /// Makes a stored document one that no program can read, as a newer one might have left it.
     fn spoil(store: &Store, index: &Index, key: &str) {
-        let (revision, found) = index.get("", "", "");
-        let (_, stored, _) = found.into_iter().find(|(k, ..)| k == key).unwrap();
-        let mut after = Stored::clone(&stored);
+        let revision = index.summary().revision;
+        let before = Stored::clone(&index.state().stored[key]);
+        let mut after = before.clone();
         after.document["spec"] = serde_json::json!({ "fromTheFuture": true });
         after.document["apiVersion"] = "nodemesh.io/v9".into();
         let change = store::Change {
             key: key.to_owned(),
-            before: Some(Stored::clone(&stored)),
+            before: Some(before),
             after: Some(after),
         };
         let record = RevisionRecord {
@@ -571,7 +487,7 @@ mod tests {
             }
         }
         let (_store, index) = open(dir.path());
-        assert_eq!(index.summary().0, Revision(20));
+        assert_eq!(index.summary().revision, Revision(20));
         assert!(index.compiled_at(Revision(0)).is_none());
         assert!(index.compiled_at(Revision(21)).is_none());
         assert!(index.compiled_at(Revision(9)).is_none(), "ten are kept");
@@ -609,12 +525,12 @@ mod tests {
             }
             let (_store, index) = open(dir.path());
             assert!(
-                index.subscribe().borrow().is_none(),
+                index.published().borrow().is_none(),
                 "nothing may be published without it"
             );
             let (unreadable, withheld) = index.unreadable();
             assert_eq!((unreadable.len(), withheld), (1, true));
-            assert_eq!(index.get(kind, "shop", "").1.len(), 1, "it must not be lost");
+            assert_eq!(index.documents(kind, "shop", "").1.len(), 1, "it must not be lost");
             assert!(
                 index.compiled_at(Revision(1)).is_none(),
                 "an agent may hold what cannot be read"
@@ -622,7 +538,7 @@ mod tests {
 
             apply(&index, &service("other", 81));
             assert!(
-                index.subscribe().borrow().is_none(),
+                index.published().borrow().is_none(),
                 "another apply must not publish either"
             );
             if replace {
@@ -630,7 +546,7 @@ mod tests {
             } else {
                 index.delete(&[key.to_owned()], false, SystemTime::now()).unwrap();
             }
-            let published = index.subscribe().borrow().clone().unwrap();
+            let published = index.published().borrow().clone().unwrap();
             assert_eq!(published.revision, Revision(4));
             assert_eq!(published.resources.len(), if replace { 3 } else { 2 });
             assert!(!index.unreadable().1);

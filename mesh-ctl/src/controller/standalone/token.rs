@@ -5,29 +5,19 @@
 //! an agent which lost its state directory can join again; what a stolen token gains is bounded by its life and by what
 //! that one node runs. A wrong id, secret, node or time get the same answer.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use sha2::{Digest, Sha256};
 
 use super::store::{Store, StoreError, StoredToken};
+use crate::controller::{operator::TOKEN_TTL_MAX, unix_seconds};
 
 const PREFIX: &str = "nmj1";
-/// The longest life that a token may be given.
-pub const TOKEN_TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-
-/// The token is not one that admits this node now. It does not say why: the log of the controller does.
+/// The token is not one that admits this node now. Why is for the controller's own log, not for the caller.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the join token is unknown, expired, or not for this node")]
-pub struct TokenRefused {
-    /// For the controller's own log.
-    pub why: &'static str,
-}
-
-/// Seconds since 1970.
-pub fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or(0)
-}
+#[error("{0}")]
+pub struct TokenRefused(pub &'static str);
 
 /// Makes a token for `node` and keeps its hash. Returns the text to hand to the agent.
 pub fn create(store: &Store, node: &str, ttl: Duration, now: SystemTime) -> Result<String, StoreError> {
@@ -51,7 +41,7 @@ fn equal_in_constant_time(a: &[u8; 32], b: &[u8; 32]) -> bool {
 
 /// Whether `text` admits `node` now.
 pub fn check(store: &Store, text: &str, node: &str, now: SystemTime) -> Result<Result<(), TokenRefused>, StoreError> {
-    let refuse = |why| Ok(Err(TokenRefused { why }));
+    let refuse = |why| Ok(Err(TokenRefused(why)));
     let mut parts = text.trim().split('.');
     let (Some(PREFIX), Some(id), Some(secret), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
         return refuse("not of the form nmj1.<id>.<secret>");
@@ -76,6 +66,8 @@ pub fn check(store: &Store, text: &str, node: &str, now: SystemTime) -> Result<R
 
 #[cfg(test)]
 mod tests {
+    use std::time::UNIX_EPOCH;
+
     use super::*;
 
     #[test]

@@ -1,0 +1,252 @@
+//! The seam between where documents come from and what agents are told of them.
+//!
+//! A [`Source`] owns the documents: the embedded store (`standalone/`) or the API server's watches (`kubernetes/`). What
+//! it makes of them is a [`Compiled`] revision, handed out by [`Publisher`]: agents' streams wait for the newest and
+//! resume from one that is still known. An [`Admission`] says whether a node may join. Neither knows of sockets.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use mesh_api::{
+    document::{Change, DocumentKey, DocumentSet, Kind, Problem, Resource, ResourceKey},
+    identity::{SpiffeId, TrustDomain},
+    workload::Revision,
+};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+/// How many compiled revisions are kept for agents that resume.
+pub const COMPILED_MAX: usize = 8;
+
+/// One revision as agents see it, before the node's filter.
+#[derive(Clone)]
+pub struct Compiled {
+    /// Its number.
+    pub revision: Revision,
+    /// Its resources. Those that did not change are shared with the revision before.
+    pub resources: Arc<BTreeMap<ResourceKey, Arc<Resource>>>,
+    /// Which identities each node runs.
+    identities: Arc<BTreeMap<Arc<str>, BTreeSet<SpiffeId>>>,
+}
+
+/// What an apply or delete came to.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// The revision that holds now.
+    pub revision: Revision,
+    /// What happened to each document, in the order given.
+    pub changes: Vec<(DocumentKey, Change)>,
+    /// Why nothing was changed; empty if it was.
+    pub problems: Vec<Problem>,
+    /// What is odd but was accepted.
+    pub warnings: Vec<Problem>,
+}
+
+/// A document that this program cannot read.
+#[derive(Clone, Debug)]
+pub struct Unreadable {
+    /// `Kind/namespace/name`.
+    pub key: String,
+    /// Why.
+    pub why: String,
+}
+
+/// A document as the source holds it.
+pub struct Kept {
+    /// `Kind/namespace/name`.
+    pub key: String,
+    /// Counts its changes.
+    pub generation: u64,
+    /// The revision that brought its present form; 0 if the source does not say.
+    pub revision: u64,
+    /// The whole document.
+    pub document: serde_json::Value,
+    /// Why it cannot be read; empty if it can.
+    pub unreadable: String,
+}
+
+/// Where the source stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary {
+    /// The newest revision.
+    pub revision: Revision,
+    /// When it was made.
+    pub made: SystemTime,
+    /// How many documents there are.
+    pub documents: usize,
+}
+
+/// Why a source did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// It failed; nothing was changed.
+    #[error("{0}")]
+    Failed(String),
+    /// This source is changed in another way.
+    #[error("{0}")]
+    NotHere(String),
+}
+
+/// A future that a trait object returns.
+pub type Waiting<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Where the documents are.
+pub trait Source: Send + Sync + 'static {
+    /// The trust domain.
+    fn trust_domain(&self) -> &TrustDomain;
+    /// What agents are to hold; `None` while nothing may be published.
+    fn published(&self) -> watch::Receiver<Option<Arc<Compiled>>>;
+    /// The newest revision as compiled, published or not.
+    fn current(&self) -> Arc<Compiled>;
+    /// The revision of that number, if an agent that holds it can be brought on from it. May block on a disk.
+    fn compiled_at(&self, revision: Revision) -> Option<Arc<Compiled>>;
+    /// Where it stands.
+    fn summary(&self) -> Summary;
+    /// The documents that match; an empty field matches everything.
+    fn documents(&self, kind: &str, namespace: &str, name: &str) -> (Revision, Vec<Kept>);
+    /// Documents that cannot be read, and whether that withholds revisions from agents.
+    fn unreadable(&self) -> (Vec<Unreadable>, bool);
+    /// Validates all sources together and makes them the next revision, or changes nothing. May block on a disk.
+    fn apply(&self, sources: &[(String, String)], dry_run: bool, now: SystemTime) -> Result<Outcome, SourceError>;
+    /// Deletes documents by `Kind/namespace/name`; one that is not there is a warning. May block on a disk.
+    fn delete(&self, keys: &[String], dry_run: bool, now: SystemTime) -> Result<Outcome, SourceError>;
+}
+
+/// Why a node was not admitted.
+#[derive(Debug, thiserror::Error)]
+pub enum AdmissionError {
+    /// The proof is not one of this node now. What the caller is told says no more than that.
+    #[error("{told}")]
+    Refused {
+        /// What the caller is told.
+        told: &'static str,
+        /// For the controller's own log.
+        why: String,
+    },
+    /// It cannot be checked now.
+    #[error("the token cannot be checked")]
+    Failed(String),
+}
+
+/// Who says whether a node may join.
+pub trait Admission: Send + Sync + 'static {
+    /// Whether the bearer of `token` is the agent of `node`.
+    fn admit<'a>(&'a self, token: &'a str, node: &'a str) -> Waiting<'a, Result<(), AdmissionError>>;
+    /// Makes a token for a node.
+    fn issue(&self, node: &str, ttl: std::time::Duration, now: SystemTime) -> Result<String, SourceError>;
+}
+
+/// The key as the operator's service writes it.
+pub fn text_key(kind: &str, namespace: &str, name: &str) -> String {
+    let (kind, namespace) = match Kind::find(kind) {
+        Some(kind) if kind.is_namespaced() => (kind.as_str(), namespace),
+        Some(kind) => (kind.as_str(), ""),
+        None => (kind, namespace),
+    };
+    format!("{kind}/{namespace}/{name}")
+}
+
+/// The text of a key.
+pub fn text_of(key: &DocumentKey) -> String {
+    text_key(key.kind.as_str(), &key.namespace, &key.name)
+}
+
+/// The parts of a text key.
+pub fn key_parts(key: &str) -> (&str, &str, &str) {
+    let mut parts = key.splitn(3, '/');
+    let mut next = || parts.next().unwrap_or_default();
+    (next(), next(), next())
+}
+
+impl Compiled {
+    /// Compiles a set; what did not change since `before` is shared with it.
+    pub fn new(revision: Revision, set: &DocumentSet, domain: &TrustDomain, before: Option<&Compiled>) -> Compiled {
+        let mut resources = BTreeMap::new();
+        let mut identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>> = BTreeMap::new();
+        for resource in set.resources(domain) {
+            if let Resource::Workload(workload) = &resource {
+                let on_node = identities.entry(workload.node.clone()).or_default();
+                on_node.insert(workload.identity.clone());
+            }
+            let key = resource.key();
+            let shared = before
+                .and_then(|before| before.resources.get(&key))
+                .filter(|old| ***old == resource)
+                .cloned();
+            resources.insert(key, shared.unwrap_or_else(|| Arc::new(resource)));
+        }
+        Compiled {
+            revision,
+            resources: Arc::new(resources),
+            identities: Arc::new(identities),
+        }
+    }
+
+    /// Whether a workload with that identity runs on that node.
+    pub fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
+        self.identities.get(node).is_some_and(|all| all.contains(identity))
+    }
+}
+
+/// Hands compiled revisions to the agents' streams.
+pub struct Publisher {
+    /// Newest last.
+    recent: Mutex<VecDeque<Arc<Compiled>>>,
+    published: watch::Sender<Option<Arc<Compiled>>>,
+}
+
+impl Default for Publisher {
+    fn default() -> Publisher {
+        Publisher {
+            recent: Mutex::default(),
+            published: watch::Sender::new(None),
+        }
+    }
+}
+
+impl Publisher {
+    /// Remembers a revision for agents that resume.
+    pub fn remember(&self, compiled: Arc<Compiled>) {
+        let mut recent = self.recent.lock();
+        recent.push_back(compiled);
+        while recent.len() > COMPILED_MAX {
+            recent.pop_front();
+        }
+    }
+
+    /// Makes it what agents are to hold.
+    pub fn publish(&self, compiled: Arc<Compiled>) {
+        self.published.send_replace(Some(compiled));
+    }
+
+    /// Forgets everything: the numbers that follow are not of the same row.
+    pub fn reset(&self) {
+        self.recent.lock().clear();
+        self.published.send_replace(None);
+    }
+
+    /// What agents are to hold.
+    pub fn subscribe(&self) -> watch::Receiver<Option<Arc<Compiled>>> {
+        self.published.subscribe()
+    }
+
+    /// A remembered revision, or what `rebuild` makes of it. Agents that come back together rebuild it once.
+    pub fn find(&self, revision: Revision, rebuild: impl FnOnce() -> Option<Arc<Compiled>>) -> Option<Arc<Compiled>> {
+        // Held throughout, so that it is done once.
+        let mut recent = self.recent.lock();
+        if let Some(found) = recent.iter().find(|c| c.revision == revision) {
+            return Some(found.clone());
+        }
+        let compiled = rebuild()?;
+        if recent.len() >= COMPILED_MAX {
+            recent.pop_front();
+        }
+        recent.push_front(compiled.clone());
+        Some(compiled)
+    }
+}
