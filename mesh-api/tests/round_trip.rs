@@ -11,7 +11,7 @@ use mesh_api::{
     document::{DocumentKey, Kind, Problem, Resource, ResourceKey, parse},
     identity::TrustDomain,
     policy::{
-        AccessAction, AccessPolicy, AccessRule, BackendKind, BackendRef, BalancerName, BreakerErrorRate,
+        AccessAction, AccessPolicy, AccessRule, BackendKind, BackendRef, BackendTarget, BalancerName, BreakerErrorRate,
         CircuitBreaker, Duration, HeaderMatch, HeaderModifier, HeaderValue, HostMatch, HttpRoute, HttpRouteFilter,
         HttpRouteMatch, HttpRouteRetry, HttpRouteRule, HttpRouteTimeouts, IdentityMatch, Limit, LimitAlgorithm,
         LimitKeyField, LimitScope, LoadBalancer, MeshPolicy, MtlsMode, MtlsSettings, ParentRef, PathMatch,
@@ -140,19 +140,23 @@ fn rule() -> impl Strategy<Value = HttpRouteRule> {
     );
     let backend = (
         any::<bool>(),
+        option::of(name().prop_map(|name| format!("other-{name}"))),
         name(),
         port(),
         0..1_000_000u32,
         collection::vec(modifier(), 0..2),
     )
-        .prop_map(|(subset, name, port, weight, changes)| BackendRef {
-            kind: if subset {
-                BackendKind::ServiceSubset
-            } else {
-                BackendKind::Service
+        .prop_map(|(subset, namespace, name, port, weight, changes)| BackendRef {
+            target: BackendTarget {
+                kind: if subset {
+                    BackendKind::ServiceSubset
+                } else {
+                    BackendKind::Service
+                },
+                namespace,
+                name,
+                port,
             },
-            name,
-            port,
             weight,
             filters: changes
                 .into_iter()

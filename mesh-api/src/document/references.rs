@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use super::{Document, DocumentKey, DocumentSet, Kind, Problem, ServiceSpec};
-use crate::policy::{BackendKind, BackendRef, HttpRoute, ParentRef, TargetRef};
+use crate::policy::{BackendKind, BackendTarget, HttpRoute, ParentRef, TargetRef};
 
 pub(super) fn validate(set: &DocumentSet) -> Vec<Problem> {
     let mut check = Check {
@@ -129,15 +129,13 @@ impl Check<'_> {
                 );
             }
         }
-        for (rule_index, rule) in route.rules.iter().enumerate() {
-            for (index, backend) in rule.backend_refs.iter().enumerate() {
-                self.backend(key, format!("spec.rules[{rule_index}].backendRefs[{index}]"), backend);
-            }
+        for (path, backend) in route.backends() {
+            self.backend(key, path, backend);
         }
     }
 
-    fn backend(&mut self, key: &DocumentKey, path: String, backend: &BackendRef) {
-        let namespace = &key.namespace;
+    fn backend(&mut self, key: &DocumentKey, path: String, backend: &BackendTarget) {
+        let namespace = backend.namespace.as_deref().unwrap_or(&key.namespace);
         let service = match backend.kind {
             BackendKind::Service => backend.name.clone(),
             BackendKind::ServiceSubset => {

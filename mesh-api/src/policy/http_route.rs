@@ -46,6 +46,39 @@ impl ParentRef {
     }
 }
 
+impl HttpRoute {
+    /// Everything that the rules name, each with the path of its field: for what a route's references lead to.
+    pub fn backends(&self) -> Vec<(String, &BackendTarget)> {
+        let rules = self.rules.iter().map(|rule| (&*rule.filters, &*rule.backend_refs));
+        backends_of(rules)
+    }
+}
+
+/// The backends of rules, those of mirrors too, with the paths of their fields.
+pub(super) fn backends_of<'a>(
+    rules: impl Iterator<Item = (&'a [HttpRouteFilter], &'a [BackendRef])>,
+) -> Vec<(String, &'a BackendTarget)> {
+    fn mirrors<'a>(at: &str, filters: &'a [HttpRouteFilter], found: &mut Vec<(String, &'a BackendTarget)>) {
+        for (index, filter) in filters.iter().enumerate() {
+            if let HttpRouteFilter::RequestMirror(mirror) = filter {
+                let path = format!("{at}.filters[{index}].requestMirror.backendRef");
+                found.push((path, &mirror.backend_ref));
+            }
+        }
+    }
+    let mut found = Vec::new();
+    for (rule, (filters, backends)) in rules.enumerate() {
+        let at = format!("spec.rules[{rule}]");
+        mirrors(&at, filters, &mut found);
+        for (index, backend) in backends.iter().enumerate() {
+            let at = format!("{at}.backendRefs[{index}]");
+            found.push((at.clone(), &backend.target));
+            mirrors(&at, &backend.filters, &mut found);
+        }
+    }
+    found
+}
+
 /// One rule: any of its matches (none: every request), then filters and backends.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -56,7 +89,7 @@ pub struct HttpRouteRule {
     /// Any of them; empty: every request.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub matches: Vec<HttpRouteMatch>,
-    /// Each kind at most once; not both RequestRedirect and URLRewrite.
+    /// Each kind but RequestMirror at most once; not both RequestRedirect and URLRewrite.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub filters: Vec<HttpRouteFilter>,
     /// Where to send; empty without a redirect: the answer is 500, as the Gateway API has it.
@@ -152,6 +185,10 @@ pub enum HttpRouteFilter {
     RequestRedirect(RequestRedirect),
     /// Change the request's host or path.
     UrlRewrite(UrlRewrite),
+    /// Send a copy to another backend; may be given more than once.
+    RequestMirror(RequestMirror),
+    /// Answer browsers that ask for another origin's leave.
+    Cors(Cors),
 }
 
 impl HttpRouteFilter {
@@ -162,6 +199,8 @@ impl HttpRouteFilter {
             HttpRouteFilter::ResponseHeaderModifier(_) => "ResponseHeaderModifier",
             HttpRouteFilter::RequestRedirect(_) => "RequestRedirect",
             HttpRouteFilter::UrlRewrite(_) => "URLRewrite",
+            HttpRouteFilter::RequestMirror(_) => "RequestMirror",
+            HttpRouteFilter::Cors(_) => "CORS",
         }
     }
 }
@@ -175,6 +214,8 @@ impl Serialize for HttpRouteFilter {
             HttpRouteFilter::ResponseHeaderModifier(change) => map.serialize_entry("responseHeaderModifier", change)?,
             HttpRouteFilter::RequestRedirect(redirect) => map.serialize_entry("requestRedirect", redirect)?,
             HttpRouteFilter::UrlRewrite(rewrite) => map.serialize_entry("urlRewrite", rewrite)?,
+            HttpRouteFilter::RequestMirror(mirror) => map.serialize_entry("requestMirror", mirror)?,
+            HttpRouteFilter::Cors(cors) => map.serialize_entry("cors", cors)?,
         }
         map.end()
     }
@@ -236,6 +277,126 @@ pub struct UrlRewrite {
     pub path: Option<PathModifier>,
 }
 
+/// Send a copy of some requests to one endpoint of another backend, and drop its answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestMirror {
+    /// Where the copies go.
+    pub backend_ref: BackendTarget,
+    /// Which share of the requests is copied; written as `percent` it reads as a fraction of 100.
+    pub fraction: Fraction,
+}
+
+/// A share: `numerator` of `denominator`, at most one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Fraction {
+    /// At most the denominator.
+    pub numerator: u32,
+    /// At least 1.
+    pub denominator: u32,
+}
+
+/// Cross-origin resource sharing, as the Fetch standard has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Cors {
+    /// Origins whose pages may read responses; `*` alone: all. Empty: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub allow_origins: Vec<OriginMatch>,
+    /// Whether pages may send cookies and the like.
+    pub allow_credentials: bool,
+    /// Methods beside GET, HEAD and POST; `*` alone: all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub allow_methods: Vec<String>,
+    /// Headers that pages may send, in lower case; `*` alone: all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub allow_headers: Vec<String>,
+    /// Headers that pages may read, in lower case; `*` alone: all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub expose_headers: Vec<String>,
+    /// How many seconds an answer to a preflight holds.
+    pub max_age: u32,
+}
+
+/// An origin: `*`, or `<scheme>://<host>[:<port>]` where the host may begin with a `*`. Lower case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OriginMatch {
+    /// Every origin.
+    Any,
+    /// One origin, or those whose host ends so.
+    Origin {
+        /// `http` or `https`.
+        scheme: String,
+        /// What stands before the host that is written: anything, or nothing.
+        wildcard: bool,
+        /// The host, or its end; empty with a wildcard alone.
+        host: String,
+        /// The port; the scheme's own where none is written.
+        port: u16,
+    },
+}
+
+impl OriginMatch {
+    /// Whether an `Origin` header's value is meant.
+    pub fn matches(&self, origin: &str) -> bool {
+        let OriginMatch::Origin {
+            scheme,
+            wildcard,
+            host,
+            port,
+        } = self
+        else {
+            return true;
+        };
+        let Some((its_scheme, authority)) = origin.split_once("://") else {
+            return false;
+        };
+        let its_host = crate::request::host_of(authority);
+        let its_port = match authority.get(its_host.len()..).and_then(|rest| rest.strip_prefix(':')) {
+            Some(digits) => digits.parse().ok(),
+            None => origin_port(scheme),
+        };
+        let same_host = if *wildcard {
+            let start = its_host.len().checked_sub(host.len());
+            let end = start.and_then(|at| its_host.as_bytes().get(at..));
+            end.is_some_and(|end| end.eq_ignore_ascii_case(host.as_bytes()))
+        } else {
+            its_host.eq_ignore_ascii_case(host)
+        };
+        its_scheme.eq_ignore_ascii_case(scheme) && same_host && its_port == Some(*port)
+    }
+}
+
+/// The port that an origin without one means.
+pub(super) fn origin_port(scheme: &str) -> Option<u16> {
+    match scheme {
+        "http" => Some(80),
+        "https" => Some(443),
+        _ => None,
+    }
+}
+
+impl Serialize for OriginMatch {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            OriginMatch::Any => serializer.serialize_str("*"),
+            OriginMatch::Origin {
+                scheme,
+                wildcard,
+                host,
+                port,
+            } => {
+                let star = if *wildcard { "*" } else { "" };
+                if origin_port(scheme) == Some(*port) {
+                    serializer.collect_str(&format_args!("{scheme}://{star}{host}"))
+                } else {
+                    serializer.collect_str(&format_args!("{scheme}://{star}{host}:{port}"))
+                }
+            }
+        }
+    }
+}
+
 /// How a path changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PathModifier {
@@ -262,17 +423,30 @@ impl Serialize for PathModifier {
     }
 }
 
-/// Where requests go, and which share of them. Always in the route's own namespace.
+/// A port of a Service or ServiceSubset, as a route names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct BackendRef {
+pub struct BackendTarget {
     /// `group` and `kind`.
     #[serde(flatten)]
     pub kind: BackendKind,
+    /// The namespace; `None`: the route's own. Another one permits it by a ReferenceGrant, or the backend is no valid
+    /// one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
     /// The name of the Service or ServiceSubset.
     pub name: String,
     /// The service's port.
     pub port: u16,
+}
+
+/// Where requests go, and which share of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BackendRef {
+    /// What it names.
+    #[serde(flatten)]
+    pub target: BackendTarget,
     /// Its share among the rule's backends, 0 to 1000000; not given: 1.
     pub weight: u32,
     /// RequestHeaderModifier and ResponseHeaderModifier, for this backend only.

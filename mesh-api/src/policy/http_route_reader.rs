@@ -4,22 +4,28 @@
 //! not run would be silent surprises.
 
 use super::{
-    BackendKind, BackendRef, Duration, GATEWAY_GROUP, GROUP, HeaderModifier, HeaderValue, HttpRoute, HttpRouteFilter,
-    HttpRouteMatch, HttpRouteRetry, HttpRouteRule, HttpRouteTimeouts, ParentRef, PathMatch, PathModifier,
-    RequestRedirect, UrlRewrite, check,
+    BackendKind, BackendRef, BackendTarget, Cors, Duration, Fraction, GATEWAY_GROUP, GROUP, HeaderModifier,
+    HeaderValue, HttpRoute, HttpRouteFilter, HttpRouteMatch, HttpRouteRetry, HttpRouteRule, HttpRouteTimeouts,
+    OriginMatch, ParentRef, PathMatch, PathModifier, RequestMirror, RequestRedirect, UrlRewrite, check,
+    http_route::origin_port,
     traffic::{ATTEMPTS_MAX, RETRY_STATUS},
 };
 use crate::read::{Decode, Field, Fields, deserialize_by_decoding, port, quoted};
 
 /// The most parents, hostnames, rules, matches of a rule, matches of a route, filters and backends: as the Gateway API has them.
 const PARENTS_MAX: usize = 32;
-const HOSTNAMES_MAX: usize = 16;
-const RULES_MAX: usize = 16;
-const MATCHES_MAX: usize = 64;
-const MATCHES_OF_ROUTE_MAX: usize = 128;
+pub(super) const HOSTNAMES_MAX: usize = 16;
+pub(super) const RULES_MAX: usize = 16;
+pub(super) const MATCHES_MAX: usize = 64;
+pub(super) const MATCHES_OF_ROUTE_MAX: usize = 128;
 const FILTERS_MAX: usize = 16;
-const BACKENDS_MAX: usize = 16;
+pub(super) const BACKENDS_MAX: usize = 16;
 const HEADERS_MAX: usize = 16;
+/// The most origins, and the most headers of each list, of a CORS filter; its most methods.
+const CORS_VALUES_MAX: usize = 64;
+const CORS_METHODS_MAX: usize = 9;
+/// How many seconds an answer to a preflight holds where the filter does not say, as the Gateway API has it.
+const CORS_MAX_AGE_DEFAULT: u32 = 5;
 const RETRY_CODES_MAX: usize = 32;
 const WEIGHT_MAX: u32 = 1_000_000;
 
@@ -43,7 +49,7 @@ impl Decode for HttpRoute {
 
 deserialize_by_decoding!(HttpRoute);
 
-fn parents(field: &Field) -> Option<Vec<ParentRef>> {
+pub(super) fn parents(field: &Field) -> Option<Vec<ParentRef>> {
     let parents = field.list(PARENTS_MAX, ParentRef::decode)?;
     if parents.is_empty() {
         field.refuse("is empty", "at least one parent");
@@ -152,7 +158,10 @@ fn check_rule(field: &Field, rule: &HttpRouteRule) -> bool {
         let path = match filter {
             HttpRouteFilter::RequestRedirect(redirect) => redirect.path.as_ref(),
             HttpRouteFilter::UrlRewrite(rewrite) => rewrite.path.as_ref(),
-            HttpRouteFilter::RequestHeaderModifier(_) | HttpRouteFilter::ResponseHeaderModifier(_) => None,
+            HttpRouteFilter::RequestHeaderModifier(_)
+            | HttpRouteFilter::ResponseHeaderModifier(_)
+            | HttpRouteFilter::RequestMirror(_)
+            | HttpRouteFilter::Cors(_) => None,
         };
         matches!(path, Some(PathModifier::ReplacePrefixMatch(_)))
     });
@@ -196,7 +205,7 @@ impl Decode for HttpRouteMatch {
 }
 
 /// Matches by name, each name once: of two, the Gateway API would look at the first only.
-fn named(field: &Field, read: fn(&Field) -> Option<super::HeaderMatch>) -> Option<Vec<super::HeaderMatch>> {
+pub(super) fn named(field: &Field, read: fn(&Field) -> Option<super::HeaderMatch>) -> Option<Vec<super::HeaderMatch>> {
     let items = field.items(HEADERS_MAX)?;
     let matches: Vec<Option<super::HeaderMatch>> = items.iter().map(read).collect();
     check::unique(
@@ -209,8 +218,12 @@ fn named(field: &Field, read: fn(&Field) -> Option<super::HeaderMatch>) -> Optio
 
 /// Where a filter stands.
 #[derive(Clone, Copy, PartialEq)]
-enum Place {
+pub(super) enum Place {
+    /// In a rule of an HTTPRoute.
     Rule,
+    /// In a rule of a GRPCRoute.
+    GrpcRule,
+    /// In a backend of either.
     Backend,
 }
 
@@ -221,18 +234,21 @@ enum FilterType {
     ResponseHeaders,
     Redirect,
     Rewrite,
+    Mirror,
+    Cors,
 }
 
-const FILTERS_LATER: [&str; 4] = ["RequestMirror", "ExtensionRef", "CORS", "ExternalAuth"];
+const FILTERS_LATER: [&str; 2] = ["ExtensionRef", "ExternalAuth"];
 
-fn filters(field: &Field, place: Place) -> Option<Vec<HttpRouteFilter>> {
+pub(super) fn filters(field: &Field, place: Place) -> Option<Vec<HttpRouteFilter>> {
     let items = field.items(FILTERS_MAX)?;
     let filters: Vec<Option<HttpRouteFilter>> = items.iter().map(|item| filter(item, place)).collect();
-    check::unique(
-        &items,
-        filters.iter().map(|f| f.as_ref().map(HttpRouteFilter::type_name)),
-        "filter",
-    );
+    let once = |filter: &Option<HttpRouteFilter>| match filter {
+        // Copies may go to several places.
+        Some(HttpRouteFilter::RequestMirror(_)) | None => None,
+        Some(filter) => Some(filter.type_name()),
+    };
+    check::unique(&items, filters.iter().map(once), "filter");
     filters.into_iter().collect()
 }
 
@@ -246,8 +262,11 @@ fn filter(field: &Field, place: Place) -> Option<HttpRouteFilter> {
         Place::Rule => types.extend([
             ("RequestRedirect", FilterType::Redirect),
             ("URLRewrite", FilterType::Rewrite),
+            ("RequestMirror", FilterType::Mirror),
+            ("CORS", FilterType::Cors),
         ]),
-        Place::Backend => later.extend(["RequestRedirect", "URLRewrite"]),
+        Place::GrpcRule => types.push(("RequestMirror", FilterType::Mirror)),
+        Place::Backend => later.extend(["RequestRedirect", "URLRewrite", "RequestMirror", "CORS"]),
     }
     let mut fields = field.fields()?;
     let kind = fields
@@ -274,9 +293,141 @@ fn filter(field: &Field, place: Place) -> Option<HttpRouteFilter> {
             .need("urlRewrite", "hostname, path or both")
             .and_then(|f| UrlRewrite::decode(&f))
             .map(HttpRouteFilter::UrlRewrite),
+        FilterType::Mirror => fields
+            .need("requestMirror", "where the copies go")
+            .and_then(|f| RequestMirror::decode(&f))
+            .map(HttpRouteFilter::RequestMirror),
+        FilterType::Cors => fields
+            .need("cors", "which origins may do what")
+            .and_then(|f| Cors::decode(&f))
+            .map(HttpRouteFilter::Cors),
     };
     fields.finish();
     filter
+}
+
+impl Decode for RequestMirror {
+    fn decode(field: &Field) -> Option<RequestMirror> {
+        let mut fields = field.fields()?;
+        let backend_ref = fields
+            .need("backendRef", "where the copies go")
+            .and_then(|f| BackendTarget::decode(&f));
+        let percent = fields.read("percent", |f| f.integer(0u32..=100));
+        let fraction = fields.read("fraction", Fraction::decode);
+        fields.finish();
+        let fraction = match (percent?, fraction?) {
+            (Some(_), Some(_)) => {
+                field.refuse("has both percent and fraction", "one of them");
+                return None;
+            }
+            (Some(numerator), None) => Fraction {
+                numerator,
+                denominator: 100,
+            },
+            (None, Some(fraction)) => fraction,
+            (None, None) => Fraction {
+                numerator: 100,
+                denominator: 100,
+            },
+        };
+        Some(RequestMirror {
+            backend_ref: backend_ref?,
+            fraction,
+        })
+    }
+}
+
+impl Decode for Fraction {
+    fn decode(field: &Field) -> Option<Fraction> {
+        let mut fields = field.fields()?;
+        let most = i32::MAX.unsigned_abs();
+        let numerator = fields
+            .need("numerator", "a whole number")
+            .and_then(|f| f.integer(0..=most));
+        let denominator = fields.read("denominator", |f| f.integer(1..=most));
+        fields.finish();
+        let fraction = Fraction {
+            numerator: numerator?,
+            denominator: denominator?.unwrap_or(100),
+        };
+        if fraction.numerator > fraction.denominator {
+            field.refuse("is more than everything", "a numerator of at most the denominator");
+            return None;
+        }
+        Some(fraction)
+    }
+}
+
+impl Decode for Cors {
+    fn decode(field: &Field) -> Option<Cors> {
+        let mut fields = field.fields()?;
+        let allow_origins = fields.list("allowOrigins", CORS_VALUES_MAX, OriginMatch::decode);
+        let allow_credentials = fields.read("allowCredentials", Field::boolean);
+        let allow_methods = fields.list("allowMethods", CORS_METHODS_MAX, or_star(check::method));
+        let allow_headers = fields.list("allowHeaders", CORS_VALUES_MAX, or_star(check::header_name));
+        let expose_headers = fields.list("exposeHeaders", CORS_VALUES_MAX, or_star(check::header_name));
+        let max_age = fields.read("maxAge", |f| f.integer(1..=i32::MAX.unsigned_abs()));
+        fields.finish();
+        let cors = Cors {
+            allow_origins: allow_origins?,
+            allow_credentials: allow_credentials?.unwrap_or_default(),
+            allow_methods: allow_methods?,
+            allow_headers: allow_headers?,
+            expose_headers: expose_headers?,
+            max_age: max_age?.unwrap_or(CORS_MAX_AGE_DEFAULT),
+        };
+        let star = |list: &[String]| list.len() > 1 && list.iter().any(|word| word == "*");
+        let lists = [&cors.allow_methods, &cors.allow_headers, &cors.expose_headers];
+        if lists.into_iter().any(|list| star(list))
+            || (cors.allow_origins.len() > 1 && cors.allow_origins.contains(&OriginMatch::Any))
+        {
+            field.refuse("has \"*\" beside other values", "\"*\" alone, or the values without it");
+            return None;
+        }
+        Some(cors)
+    }
+}
+
+/// A word that may be the one that stands for all.
+fn or_star(read: fn(&Field) -> Option<String>) -> impl Fn(&Field<'_>) -> Option<String> {
+    move |field| match field.text()? {
+        "*" => Some("*".to_owned()),
+        _ => read(field),
+    }
+}
+
+impl Decode for OriginMatch {
+    fn decode(field: &Field) -> Option<OriginMatch> {
+        const EXPECTED: &str =
+            "\"*\", or http:// or https:// with a host and perhaps a port; the host may begin with a *";
+        let text = field.word()?.to_ascii_lowercase();
+        if text == "*" {
+            return Some(OriginMatch::Any);
+        }
+        let parsed = (|| {
+            let (scheme, authority) = text.split_once("://")?;
+            let (host, port) = match authority.rsplit_once(':') {
+                Some((host, digits)) => (host, digits.parse().ok().filter(|port: &u16| *port > 0)?),
+                None => (authority, origin_port(scheme)?),
+            };
+            origin_port(scheme)?;
+            let (wildcard, host) = match host.strip_prefix('*') {
+                Some(rest) => (true, rest),
+                None => (false, host),
+            };
+            let plain = host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b));
+            (plain && (wildcard || !host.is_empty())).then(|| OriginMatch::Origin {
+                scheme: scheme.to_owned(),
+                wildcard,
+                host: host.to_owned(),
+                port,
+            })
+        })();
+        if parsed.is_none() {
+            field.refuse(format!("{} is not an origin", quoted(&text)), EXPECTED);
+        }
+        parsed
+    }
 }
 
 impl Decode for HeaderModifier {
@@ -391,27 +542,54 @@ impl Decode for PathModifier {
     }
 }
 
+impl Decode for BackendTarget {
+    fn decode(field: &Field) -> Option<BackendTarget> {
+        let mut fields = field.fields()?;
+        let target = backend_target(&mut fields);
+        fields.finish();
+        target
+    }
+}
+
+fn backend_target(fields: &mut Fields) -> Option<BackendTarget> {
+    let kind = backend_kind(fields);
+    let name = fields
+        .need("name", "the name of a Service or ServiceSubset")
+        .and_then(|f| check::dns_name(&f));
+    let own = fields.whole().namespace().map(str::to_owned);
+    let namespace = fields.read("namespace", check::dns_label);
+    let port = fields.need("port", "the service's port").and_then(|f| port(&f));
+    Some(BackendTarget {
+        kind: kind?,
+        // Written out or not, the route's own namespace means the same.
+        namespace: namespace?.filter(|namespace| own.as_ref() != Some(namespace)),
+        name: name?,
+        port: port?,
+    })
+}
+
 impl Decode for BackendRef {
     fn decode(field: &Field) -> Option<BackendRef> {
-        let mut fields = field.fields()?;
-        let kind = backend_kind(&mut fields);
-        let name = fields
-            .need("name", "the name of a Service or ServiceSubset")
-            .and_then(|f| check::dns_name(&f));
-        let own_namespace = fields.get("namespace").is_none_or(|f| in_own_namespace(&f));
-        let port = fields.need("port", "the service's port").and_then(|f| port(&f));
-        let weight = fields.read("weight", |f| f.integer(0..=WEIGHT_MAX));
-        let filters = fields.read("filters", |f| filters(f, Place::Backend));
-        fields.finish();
-        let backend = BackendRef {
-            kind: kind?,
-            name: name?,
-            port: port?,
-            weight: weight?.unwrap_or(1),
-            filters: filters?.unwrap_or_default(),
-        };
-        own_namespace.then_some(backend)
+        backend_ref(field, true)
     }
+}
+
+/// A backend of a rule; that of a TCPRoute or TLSRoute has no filters.
+pub(super) fn backend_ref(field: &Field, takes_filters: bool) -> Option<BackendRef> {
+    let mut fields = field.fields()?;
+    let target = backend_target(&mut fields);
+    let weight = fields.read("weight", |f| f.integer(0..=WEIGHT_MAX));
+    let filters = if takes_filters {
+        fields.read("filters", |f| filters(f, Place::Backend))
+    } else {
+        Some(None)
+    };
+    fields.finish();
+    Some(BackendRef {
+        target: target?,
+        weight: weight?.unwrap_or(1),
+        filters: filters?.unwrap_or_default(),
+    })
 }
 
 fn backend_kind(fields: &mut Fields) -> Option<BackendKind> {
@@ -446,22 +624,6 @@ fn backend_kind(fields: &mut Fields) -> Option<BackendKind> {
         return None;
     }
     Some(kind)
-}
-
-/// A backend elsewhere needs the other namespace's ReferenceGrant.
-fn in_own_namespace(field: &Field) -> bool {
-    let Some(name) = check::dns_label(field) else {
-        return false;
-    };
-    let own = field.namespace();
-    if own.is_some_and(|own| own != name) {
-        field.refuse_later(
-            "a backend in another namespace (ReferenceGrant)",
-            "the route's own namespace",
-        );
-        return false;
-    }
-    true
 }
 
 impl Decode for HttpRouteTimeouts {

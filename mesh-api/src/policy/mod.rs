@@ -7,8 +7,12 @@
 
 mod access;
 pub(crate) mod check;
+mod grpc_route;
+mod grpc_route_reader;
 mod http_route;
 mod http_route_reader;
+mod l4_route;
+mod l4_route_reader;
 mod mesh;
 mod rate_limit;
 mod subset;
@@ -17,11 +21,13 @@ mod traffic;
 mod value;
 
 pub use access::{AccessAction, AccessPolicy, AccessRule, HostMatch, IdentityMatch, SourceClause, TargetClause};
+pub use grpc_route::{GrpcMethodMatch, GrpcRoute, GrpcRouteMatch, GrpcRouteRule};
 pub use http_route::{
-    BackendKind, BackendRef, HeaderMatch, HeaderModifier, HeaderValue, HttpRoute, HttpRouteFilter, HttpRouteMatch,
-    HttpRouteRetry, HttpRouteRule, HttpRouteTimeouts, ParentRef, PathMatch, PathModifier, RequestRedirect, StringMatch,
-    UrlRewrite,
+    BackendKind, BackendRef, BackendTarget, Cors, Fraction, HeaderMatch, HeaderModifier, HeaderValue, HttpRoute,
+    HttpRouteFilter, HttpRouteMatch, HttpRouteRetry, HttpRouteRule, HttpRouteTimeouts, OriginMatch, ParentRef,
+    PathMatch, PathModifier, RequestMirror, RequestRedirect, StringMatch, UrlRewrite,
 };
+pub use l4_route::{L4RouteRule, TcpRoute, TlsRoute};
 pub use mesh::{MeshPolicy, MtlsMode, MtlsSettings};
 pub use rate_limit::{
     Limit, LimitAlgorithm, LimitKeyField, LimitScope, RateLimit, RequestField, RequestRate, SourceField,

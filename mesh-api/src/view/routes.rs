@@ -8,7 +8,9 @@ use super::{
     settings::route_retry_settings,
 };
 use crate::{
-    policy::{self, BackendKind, BackendRef, HttpRoute, HttpRouteFilter, HttpRouteRule, ParentRef, UrlRewrite},
+    policy::{
+        self, BackendKind, BackendRef, BackendTarget, HttpRoute, HttpRouteFilter, HttpRouteRule, ParentRef, UrlRewrite,
+    },
     route::{
         BadBackend, HeaderEdit, PathModifier, RedirectSpec, Rewrite, RouteAction, RouteAge, RouteRule, RouteTable,
         TableEntry, WeightedBackend,
@@ -139,7 +141,7 @@ fn weighted(namespace: &Arc<str>, wanted: &BackendRef, known: &Known<'_>) -> Wei
     let edits = Edits::of(&wanted.filters);
     WeightedBackend {
         weight: wanted.weight,
-        backend: find_backend(namespace, wanted, known),
+        backend: find_backend(namespace, &wanted.target, known),
         request_headers: edits.request,
         response_headers: edits.response,
     }
@@ -147,7 +149,7 @@ fn weighted(namespace: &Arc<str>, wanted: &BackendRef, known: &Known<'_>) -> Wei
 
 fn find_backend(
     namespace: &Arc<str>,
-    wanted: &BackendRef,
+    wanted: &BackendTarget,
     known: &Known<'_>,
 ) -> Result<Arc<super::Backend>, BadBackend> {
     let name = ObjectName {
@@ -201,6 +203,7 @@ impl Edits {
                 HttpRouteFilter::ResponseHeaderModifier(change) => edits.response = header_edit(change),
                 HttpRouteFilter::RequestRedirect(redirect) => edits.redirect = Some(redirect_spec(redirect)),
                 HttpRouteFilter::UrlRewrite(rewrite) => edits.rewrite = Some(rewrite_spec(rewrite)),
+                HttpRouteFilter::RequestMirror(_) | HttpRouteFilter::Cors(_) => {}
             }
         }
         edits
