@@ -9,6 +9,7 @@
 //! touched, neither by a change nor by retirement.
 
 mod directory;
+mod discover;
 mod listeners;
 mod netns;
 mod pod;
@@ -22,6 +23,7 @@ use tokio::sync::oneshot;
 use crate::kernel::{KernelError, NetnsCookie};
 
 pub use directory::Directory;
+pub use discover::{Discovery, PodUid, Sandbox, Sandboxes};
 pub use netns::Netns;
 pub use pod::Pod;
 pub use reconcile::Pods;

@@ -53,9 +53,19 @@ impl Netns {
         self.cookie
     }
 
+    /// Device and inode of the namespace: what tells it from any other that lives.
+    pub fn inode(&self) -> (u64, u64) {
+        self.inode
+    }
+
+    /// Device and inode of the namespace that a path leads to.
+    pub fn inode_at(path: &Path) -> io::Result<(u64, u64)> {
+        std::fs::metadata(path).map(|metadata| identity(&metadata))
+    }
+
     /// Whether the path leads to this very namespace still.
     pub fn is_at(&self, path: &Path) -> io::Result<bool> {
-        std::fs::metadata(path).map(|metadata| identity(&metadata) == self.inode)
+        Ok(Netns::inode_at(path)? == self.inode)
     }
 
     /// Runs the closure in the namespace. The closure must not block and must not call into other code's tasks.
