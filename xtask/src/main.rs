@@ -7,6 +7,7 @@ mod bench;
 mod build;
 mod demo;
 mod fuzz;
+mod generate;
 mod lab;
 mod setup;
 mod shell;

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::Value;
 
-use crate::{shell, supply};
+use crate::{generate, shell, supply};
 
 /// What to print.
 #[derive(Debug, Args)]
@@ -99,7 +99,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mesh-agent", &["mesh-abi", "mesh-api"]),
     ("mesh-ctl", &["mesh-api"]),
     ("mesh-tests", &["mesh-abi", "mesh-api", "mesh-agent", "mesh-ctl"]),
-    ("xtask", &["mesh-tests"]),
+    ("xtask", &["mesh-api", "mesh-tests"]),
 ];
 
 /// Words that do not belong into this tree, and why.
@@ -143,7 +143,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 /// Writes the generated parts of files anew.
 pub fn generate() -> Result<ExitCode> {
     for (file, text) in generated()? {
-        if fs::read_to_string(&file)? != text {
+        if fs::read_to_string(&file).unwrap_or_default() != text {
+            if let Some(folder) = file.parent() {
+                fs::create_dir_all(folder)?;
+            }
             fs::write(&file, text)?;
             println!("gen: wrote {}", file.display());
         }
@@ -425,7 +428,9 @@ fn generated() -> Result<Vec<(PathBuf, String)>> {
     }
     table.push('\n');
     let fresh = format!("{}{table}{}", &text[..begin + BEGIN.len()], &text[end..]);
-    Ok(vec![(file, fresh)])
+    let mut files = vec![(file, fresh)];
+    files.extend(generate::files()?);
+    Ok(files)
 }
 
 fn stale() -> Vec<String> {
@@ -435,7 +440,7 @@ fn stale() -> Vec<String> {
     };
     let stale = files
         .into_iter()
-        .filter(|(file, text)| fs::read_to_string(file).is_ok_and(|now| now != *text));
+        .filter(|(file, text)| fs::read_to_string(file).map_or(true, |now| now != *text));
     stale
         .map(|(file, _)| format!("{} is stale: run `cargo xtask gen`", file.display()))
         .collect()

@@ -21,19 +21,27 @@ const VALUES_MAX: usize = 256;
 
 /// `spec` of an AccessPolicy. Deny beats allow; once an Allow policy applies, what no rule allows is denied.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("self.action != 'Deny' || (has(self.rules) && size(self.rules) > 0)", "a Deny policy without rules denies nothing: expected at least one rule"))))]
 #[serde(rename_all = "camelCase")]
 pub struct AccessPolicy {
     /// What it is attached to, at least one.
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 16), with = "Vec<super::schema::Target<true>>")
+    )]
     pub target_refs: Vec<TargetRef>,
     /// What a match means.
     pub action: AccessAction,
     /// The rules; any may match. An Allow policy without rules allows nothing; a Deny policy has at least one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 128)))]
     pub rules: Vec<AccessRule>,
 }
 
 /// What a matching rule means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum AccessAction {
     /// The match is allowed.
     Allow,
@@ -43,31 +51,46 @@ pub enum AccessAction {
 
 /// A rule matches when one of `from` (or none is given) and one of `to` (or none is given) match.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct AccessRule {
     /// A name for logs and `explain`; `None`: its index. Unique in its policy.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::dns_name"))]
     pub name: Option<String>,
     /// Sources; empty: any.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 32)))]
     pub from: Vec<SourceClause>,
     /// What is asked; empty: anything.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 32)))]
     pub to: Vec<TargetClause>,
 }
 
 /// A clause over the source: every field that is not empty must have a value that matches. At least one is not empty.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("has(self.identities) || has(self.namespaces) || has(self.cidrs)", "names no source: expected identities, namespaces or cidrs"))))]
 #[serde(rename_all = "camelCase")]
 pub struct SourceClause {
     /// Proven identities.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 256)))]
     pub identities: Vec<IdentityMatch>,
     /// Namespaces of proven identities.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 256), with = "Vec<super::schema::Label>")
+    )]
     pub namespaces: Vec<String>,
     /// Addresses, whether an identity is proven or not. A single address is a network of its own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 256), with = "Vec<super::schema::Network>")
+    )]
     pub cidrs: Vec<IpNet>,
 }
 
@@ -107,22 +130,35 @@ impl Serialize for IdentityMatch {
 
 /// A clause over what is asked: every field that is not empty must have a value that matches. At least one is not empty.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("has(self.ports) || has(self.hosts) || has(self.methods) || has(self.paths) || has(self.headers)", "names nothing: expected ports, hosts, methods, paths or headers"))))]
 #[serde(rename_all = "camelCase")]
 pub struct TargetClause {
     /// The workload's own ports (not the service's).
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 256), inner(range(min = 1, max = 65535)))
+    )]
     pub ports: Vec<u16>,
     /// Hosts of the request's authority, without the port.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 256)))]
     pub hosts: Vec<HostMatch>,
     /// Methods, as sent.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 256), with = "Vec<super::schema::Method>")
+    )]
     pub methods: Vec<String>,
     /// Paths, without the query.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 256)))]
     pub paths: Vec<PathMatch>,
     /// Headers: unlike the other fields, ALL of them must match.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 256)))]
     pub headers: Vec<HeaderMatch>,
 }
 

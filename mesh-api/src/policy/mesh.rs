@@ -15,9 +15,14 @@ const PORTS_MAX: usize = 64;
 
 /// `spec` of a MeshPolicy. The most specific target wins, field by field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct MeshPolicy {
     /// What it is attached to, at least one.
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 16), with = "Vec<super::schema::Target<true>>")
+    )]
     pub target_refs: Vec<TargetRef>,
     /// Mutual TLS of the targets as destinations.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -26,6 +31,8 @@ pub struct MeshPolicy {
 
 /// `mtls` of a MeshPolicy: at least one of its fields is set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("has(self.mode) || (has(self.ports) && size(self.ports) > 0)", "says nothing: expected mode, ports or both"))))]
 #[serde(rename_all = "camelCase")]
 pub struct MtlsSettings {
     /// The mode of every port; `None`: what a less specific policy says.
@@ -33,11 +40,13 @@ pub struct MtlsSettings {
     pub mode: Option<MtlsMode>,
     /// Other modes for single ports of the workload (the pod's ports, not the service's).
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "std::collections::BTreeMap<String, MtlsMode>", extend("maxProperties" = 64, "x-kubernetes-validations" = super::schema::rule("self.all(p, p.matches('^[1-9][0-9]{0,4}$') && int(p) <= 65535)", "a key is no port: expected a number from 1 to 65535"))))]
     pub ports: BTreeMap<u16, MtlsMode>,
 }
 
 /// Whether a destination takes plaintext.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum MtlsMode {
     /// Plaintext is refused.

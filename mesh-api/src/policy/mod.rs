@@ -15,6 +15,8 @@ mod l4_route;
 mod l4_route_reader;
 mod mesh;
 mod rate_limit;
+#[cfg(feature = "schema")]
+pub mod schema;
 mod subset;
 mod target;
 mod traffic;

@@ -17,32 +17,44 @@ const REQUESTS_MAX: u32 = 1_000_000_000;
 
 /// `spec` of a RateLimit. Every limit of every RateLimit that applies is asked; each may refuse.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct RateLimit {
     /// What it is attached to, at least one.
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 16), with = "Vec<super::schema::Target<true>>")
+    )]
     pub target_refs: Vec<TargetRef>,
     /// The limits, at least one.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 16)))]
     pub limits: Vec<Limit>,
 }
 
 /// One limit: a bucket per key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Limit {
     /// A name for logs and metrics; `None`: its index.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::dns_name"))]
     pub name: Option<String>,
     /// What makes two requests share a bucket; empty: all do.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 8)))]
     pub key: Vec<LimitKeyField>,
     /// How it counts.
+    #[cfg_attr(feature = "schema", schemars(extend("default" = "token-bucket")))]
     pub algorithm: LimitAlgorithm,
     /// How fast a bucket fills.
     pub rate: RequestRate,
     /// Tokens that a full bucket holds, at least 1; `None`: `rate.requests`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1_000_000_000)))]
     pub burst: Option<u32>,
     /// Who counts together.
+    #[cfg_attr(feature = "schema", schemars(extend("default" = "local")))]
     pub scope: LimitScope,
     /// Count and report, but refuse nothing.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -51,6 +63,7 @@ pub struct Limit {
 
 /// How a limit counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum LimitAlgorithm {
     /// A bucket that fills at the rate and holds the burst.
@@ -60,6 +73,7 @@ pub enum LimitAlgorithm {
 
 /// Who counts together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum LimitScope {
     /// Each node by itself.
@@ -69,11 +83,14 @@ pub enum LimitScope {
 
 /// `{requests: 50, per: 1s}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct RequestRate {
     /// Requests per period, at least 1.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1_000_000_000)))]
     pub requests: u32,
     /// The period, more than zero.
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::some_time"))]
     pub per: Duration,
 }
 
@@ -91,6 +108,7 @@ pub enum LimitKeyField {
 
 /// A fact about the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum SourceField {
     /// Its proven identity.
@@ -101,6 +119,7 @@ pub enum SourceField {
 
 /// A fact about the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub enum RequestField {
     /// The path without the query.

@@ -9,11 +9,14 @@ use crate::read::{Decode, Field, deserialize_by_decoding};
 
 /// `spec` of a ServiceSubset: `{service: cart, labels: {version: v2}}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceSubset {
     /// The Service, in the same namespace.
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::dns_label"))]
     pub service: String,
     /// Labels that an endpoint of the service must have as well, at least one.
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::labels"))]
     pub labels: BTreeMap<String, String>,
 }
 

@@ -20,9 +20,15 @@ const COUNT_MAX: u32 = 1_000_000_000;
 /// `spec` of a TrafficPolicy. The most specific target wins, field by field (`loadBalancer`, each timeout, `retry`,
 /// `circuitBreaker`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("has(self.loadBalancer) || has(self.timeouts) || has(self.retry) || has(self.circuitBreaker)", "says nothing: expected loadBalancer, timeouts, retry or circuitBreaker"))))]
 #[serde(rename_all = "camelCase")]
 pub struct TrafficPolicy {
     /// What it is attached to, at least one.
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(min = 1, max = 16), with = "Vec<super::schema::Target<false>>")
+    )]
     pub target_refs: Vec<TargetRef>,
     /// How an endpoint is chosen.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -40,6 +46,7 @@ pub struct TrafficPolicy {
 
 /// How an endpoint is chosen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct LoadBalancer {
     /// The algorithm.
@@ -48,6 +55,7 @@ pub struct LoadBalancer {
 
 /// The algorithms that are implemented.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum BalancerName {
     /// Each in turn.
@@ -60,29 +68,38 @@ pub enum BalancerName {
 
 /// Time limits; at least one is set, each is more than zero.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("has(self.request) || has(self.connect) || has(self.idle)", "says nothing: expected request, connect or idle"))))]
 #[serde(rename_all = "camelCase")]
 pub struct TrafficTimeouts {
     /// From the request's head to the response's last byte. A route's own timeout wins.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::some_time"))]
     pub request: Option<Duration>,
     /// To dial an endpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::some_time"))]
     pub connect: Option<Duration>,
     /// Without a byte in either direction on an opaque flow.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::some_time"))]
     pub idle: Option<Duration>,
 }
 
 /// Whether and when a request is tried again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct RetryPolicy {
     /// Additional tries at most, 1 to 10.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 10)))]
     pub attempts: u32,
     /// What makes a try count as failed; at least one.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "set")))]
     pub on: Vec<RetryCondition>,
     /// The limit of one try; `None`: the request's own.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::some_time"))]
     pub per_try_timeout: Option<Duration>,
     /// How much load retries may add.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -91,9 +108,11 @@ pub struct RetryPolicy {
 
 /// How much load retries may add.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct RetryBudget {
     /// Of 100 requests, how many may be retries: 0 to 100.
+    #[cfg_attr(feature = "schema", schemars(range(min = 0, max = 100)))]
     pub percent: u32,
 }
 
@@ -135,42 +154,54 @@ impl Serialize for RetryCondition {
 
 /// When to stop sending. At least one of the limits is set; each number is at least 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("has(self.maxConnections) || has(self.maxPendingRequests) || has(self.maxRequests) || has(self.consecutiveFailures) || has(self.errorRate)", "limits nothing: expected maxConnections, maxPendingRequests, maxRequests, consecutiveFailures or errorRate"))))]
 #[serde(rename_all = "camelCase")]
 pub struct CircuitBreaker {
     /// Connections at once.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1_000_000_000)))]
     pub max_connections: Option<u32>,
     /// Requests that wait for a connection at once (0: none may wait).
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 0, max = 1_000_000_000)))]
     pub max_pending_requests: Option<u32>,
     /// Requests in flight at once.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1_000_000_000)))]
     pub max_requests: Option<u32>,
     /// Failures in a row that open it.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1_000_000_000)))]
     pub consecutive_failures: Option<u32>,
     /// The share of failures that opens it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_rate: Option<BreakerErrorRate>,
     /// How long it stays open before it lets probes through.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::some_time"))]
     pub open_for: Option<Duration>,
     /// Requests at once while half open.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1_000_000_000)))]
     pub half_open_probes: Option<u32>,
 }
 
 /// A share of failures in a window.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct BreakerErrorRate {
     /// Failures of 100 requests that open the breaker, 1 to 100.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 100)))]
     pub percent: u32,
     /// The window.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "super::schema::some_time"))]
     pub window: Option<Duration>,
     /// Requests in the window before the rate counts.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1_000_000_000)))]
     pub min_requests: Option<u32>,
 }
 
