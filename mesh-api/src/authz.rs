@@ -5,19 +5,19 @@
 //! [`Permit`], and delivery takes a `&Permit`, so that forwarding without a decision cannot be written.
 //!
 //! Deny beats allow. Once an Allow policy applies to a workload's port, what no rule allows there is denied. A doubt
-//! is a denial: an opaque flow under a Deny that asks about requests is denied; a path that reads differently as sent
-//! and as an application may normalize it is allowed only if both readings are, and denied if either is; so are the
-//! lines of a header that is sent more than once.
+//! is a denial: an opaque flow under a Deny that asks about requests is denied; a path that servers read differently is
+//! allowed only if every reading is, and denied if one is (`reading`); so are the lines of a header that is sent more
+//! than once.
 
-use std::{borrow::Cow, fmt, net::IpAddr, sync::Arc};
+use std::{cell::OnceCell, fmt, net::IpAddr, sync::Arc};
 
 pub use crate::rule::RuleId;
 use crate::{
     identity::SpiffeId,
     policy::{AccessRule, HeaderMatch, MtlsMode, PathMatch, SourceClause, TargetClause},
+    reading::Readings,
     request::{Request, host_of},
     resilience::LimitSettings,
-    route::{path_matches, percent_decode},
     workload::{AppProtocol, Revision, Service},
 };
 
@@ -217,13 +217,39 @@ impl AccessRules {
     }
 }
 
+/// A request as the rules of one decision look at it: how its path may be read is found out once, if a rule asks.
+struct Asked<'a> {
+    request: &'a dyn Request,
+    readings: OnceCell<Readings>,
+}
+
+impl<'a> Asked<'a> {
+    fn new(request: &'a dyn Request) -> Asked<'a> {
+        Asked {
+            request,
+            readings: OnceCell::new(),
+        }
+    }
+
+    fn paths_fit(&self, wanted: &[PathMatch], side: Side) -> bool {
+        let path = self.request.path();
+        let readings = || self.readings.get_or_init(|| Readings::of(path));
+        wanted.is_empty()
+            || match side {
+                Side::Allow => readings().all_match(wanted, path),
+                Side::Deny => readings().any_matches(wanted, path),
+            }
+    }
+}
+
 /// Decides a connection (`l7` is `None`) or a request.
 pub fn decide(inbound: &InboundPolicy, source: &SourceAttributes<'_>, l7: Option<&dyn Request>) -> Decision {
+    let l7 = &l7.map(Asked::new);
     let access = &*inbound.access;
     if inbound.mtls == MtlsMode::Strict && source.identity.is_none() {
         return access.denied(&RuleId::MTLS_STRICT, DenyReason::MtlsStrict);
     }
-    let fit = |named: &NamedRule, side: Side| rule_fit(&named.rule, inbound.port, source, l7, side);
+    let fit = |named: &NamedRule, side: Side| rule_fit(&named.rule, inbound.port, source, l7.as_ref(), side);
     let mut open_question = false;
     for named in &access.deny {
         match fit(named, Side::Deny) {
@@ -289,7 +315,7 @@ pub fn still_permits(then: &AccessRules, now: &InboundPolicy, source: &SourceAtt
 }
 
 /// A rule matches when one of `from` (or none is given) and one of `to` (or none is given) match.
-fn rule_fit(rule: &AccessRule, port: u16, source: &SourceAttributes<'_>, l7: Option<&dyn Request>, side: Side) -> Fit {
+fn rule_fit(rule: &AccessRule, port: u16, source: &SourceAttributes<'_>, l7: Option<&Asked<'_>>, side: Side) -> Fit {
     if !rule.from.is_empty() && !rule.from.iter().any(|clause| source_fits(clause, source)) {
         return Fit::No;
     }
@@ -323,21 +349,22 @@ fn source_fits(clause: &SourceClause, source: &SourceAttributes<'_>) -> bool {
     identity_fits && namespace_fits && address_fits
 }
 
-fn target_fit(clause: &TargetClause, port: u16, l7: Option<&dyn Request>, side: Side) -> Fit {
+fn target_fit(clause: &TargetClause, port: u16, l7: Option<&Asked<'_>>, side: Side) -> Fit {
     if !clause.ports.is_empty() && !clause.ports.contains(&port) {
         return Fit::No;
     }
     if !clause.needs_request() {
         return Fit::Yes;
     }
-    let Some(request) = l7 else {
+    let Some(asked) = l7 else {
         return Fit::NeedsRequest;
     };
+    let request = asked.request;
     let host = request.authority().map(host_of);
     let host_fits = clause.hosts.is_empty() || host.is_some_and(|host| clause.hosts.iter().any(|h| h.matches(host)));
     let method_fits = clause.methods.is_empty() || clause.methods.iter().any(|method| method == request.method());
     let headers_fit = clause.headers.iter().all(|header| header_fits(header, request, side));
-    if host_fits && method_fits && headers_fit && paths_fit(&clause.paths, request.path(), side) {
+    if host_fits && method_fits && headers_fit && asked.paths_fit(&clause.paths, side) {
         Fit::Yes
     } else {
         Fit::No
@@ -357,69 +384,6 @@ fn header_fits(wanted: &HeaderMatch, request: &dyn Request, side: Side) -> bool 
     }
 }
 
-fn paths_fit(wanted: &[PathMatch], path: &str, side: Side) -> bool {
-    if wanted.is_empty() {
-        return true;
-    }
-    let as_sent = wanted.iter().any(|pattern| path_matches(pattern, path));
-    match (side, as_application_reads(path)) {
-        (_, None) => as_sent,
-        (Side::Allow, Some(reading)) => as_sent && wanted.iter().any(|pattern| reading_matches(pattern, &reading)),
-        (Side::Deny, Some(reading)) => as_sent || wanted.iter().any(|pattern| reading_matches(pattern, &reading)),
-    }
-}
-
-/// The pattern is read like the path, so that an escape in the policy means the same as one in the path.
-fn reading_matches(pattern: &PathMatch, reading: &str) -> bool {
-    fn read(text: &str) -> Cow<'_, str> {
-        as_application_reads(text).map_or(Cow::Borrowed(text), Cow::Owned)
-    }
-    match pattern {
-        PathMatch::Exact(text) => path_matches(&PathMatch::Exact(read(text).into_owned()), reading),
-        PathMatch::PathPrefix(text) => path_matches(&PathMatch::PathPrefix(read(text).into_owned()), reading),
-        PathMatch::RegularExpression(_) => path_matches(pattern, reading),
-    }
-}
-
-/// The path as an application may read it: escapes decoded, backslashes as slashes, repeated slashes as one, `.` and
-/// `..` resolved. `None` if that is the path as sent.
-fn as_application_reads(path: &str) -> Option<String> {
-    let bytes = path.as_bytes();
-    let has_pair = |first: u8, second: &[u8]| {
-        bytes
-            .windows(2)
-            .any(|pair| matches!(pair, [a, b] if *a == first && second.contains(b)))
-    };
-    if !bytes.iter().any(|b| matches!(b, b'%' | b'\\')) && !has_pair(b'/', b"/.") {
-        return None;
-    }
-    let decoded: Vec<u8> = percent_decode(bytes)
-        .into_iter()
-        .map(|byte| if byte == b'\\' { b'/' } else { byte })
-        .collect();
-    let text = String::from_utf8_lossy(&decoded);
-    let mut elements: Vec<&str> = Vec::new();
-    for element in text.split('/') {
-        match element {
-            "" | "." => {}
-            ".." => {
-                elements.pop();
-            }
-            element => elements.push(element),
-        }
-    }
-    let mut reading = String::with_capacity(text.len());
-    for element in &elements {
-        reading.push('/');
-        reading.push_str(element);
-    }
-    let ends_with_slash = matches!(text.rsplit('/').next(), Some("" | "." | ".."));
-    if ends_with_slash || reading.is_empty() {
-        reading.push('/');
-    }
-    Some(reading)
-}
-
 impl fmt::Display for Denied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "denied by {} at revision {}", self.rule, self.revision)
@@ -436,48 +400,6 @@ impl DenyReason {
             DenyReason::DenyRule => "a Deny rule matches",
             DenyReason::NoAllowRule => "an Allow policy applies and none of its rules matches",
             DenyReason::UnknownWorkload => "the destination is not known",
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_path_is_read_as_an_application_may() {
-        let cases = [
-            ("/a/b", None),
-            ("/", None),
-            ("/a//b", Some("/a/b")),
-            ("/a/./b", Some("/a/b")),
-            ("/a/../b", Some("/b")),
-            ("/a/b/..", Some("/a/")),
-            ("/../..", Some("/")),
-            ("/%61dmin", Some("/admin")),
-            ("/a%2f%2e%2E%2fb", Some("/b")),
-            ("/a\\b", Some("/a/b")),
-            ("/a/.b", Some("/a/.b")),
-            ("/100%", Some("/100%")),
-            ("/a/%", Some("/a/%")),
-            ("", None),
-        ];
-        for (path, reading) in cases {
-            assert_eq!(as_application_reads(path).as_deref(), reading, "{path}");
-        }
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn a_reading_is_absolute_and_plain(path in "(/|%2[fFeE]|\\\\|\\.|%|%%|[a-c]|é|%ff|\\PC){0,24}") {
-            let read = as_application_reads(&path);
-            let reading = read.as_deref().unwrap_or(&path);
-            let plain = |text: &str| {
-                !text.contains("//") && !text.contains('\\') && !text.split('/').any(|e| e == "." || e == "..")
-            };
-            proptest::prop_assert!(read.is_none() || (reading.starts_with('/') && plain(reading)), "{} {}", path, reading);
-            // What is left as it is has no escape and, below the root, nothing to resolve.
-            proptest::prop_assert!(read.is_some() || !path.starts_with('/') || plain(&path), "{}", path);
         }
     }
 }

@@ -11,7 +11,7 @@
 //! * `read`: typed values out of YAML and JSON.
 //!
 //! Dependency order (a module uses only those before it):
-//! `identity < workload < request, rule < read < policy < document < resilience < backend < route < authz < view <
+//! `identity < workload < request, rule < read < policy < document < resilience < backend < route < reading < authz < view <
 //! explain < wire`.
 
 pub mod authz;
@@ -21,6 +21,7 @@ pub mod explain;
 pub mod identity;
 pub mod policy;
 mod read;
+mod reading;
 pub mod request;
 pub mod resilience;
 pub mod route;

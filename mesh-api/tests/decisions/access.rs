@@ -296,6 +296,19 @@ fn a_path_in_disguise_is_neither_let_in_nor_overlooked() {
         "/./admin",
         "/x\\..\\admin",
         "/admin%2fx",
+        "/admin;x=1",
+        "/;x/admin",
+        "/public/..;x/admin",
+        "/public/..%3bx/admin",
+        "/x;%2f../admin",
+        "/%2561dmin",
+        "/public/%252e%252e/admin",
+        "/public/%252e%252e%252fadmin",
+        "/public/..%255cadmin",
+        "/admin%3fx",
+        "/admin%00.png",
+        "/x//../admin",
+        "/%25252561",
     ] {
         let line = format!("GET {path}");
         check(&deny, &[("web/front", "shop/cart-v1", 8080, &line, "deny d/0")]);
@@ -307,6 +320,16 @@ fn a_path_in_disguise_is_neither_let_in_nor_overlooked() {
         "/admin/../public",
         "/public%2f..%2fadmin",
         "/%70ublic",
+        "/public/..;x/admin",
+        "/public/..;/admin",
+        "/public/..%3bx/admin",
+        "/public/%252e%252e/admin",
+        "/public/%25252e%25252e/admin",
+        "/public/..%5cadmin",
+        "/public//../../admin",
+        "/public/x//../../y",
+        "/publi%2563",
+        "/public;v=1/x",
     ] {
         let line = format!("GET {path}");
         check(
@@ -321,6 +344,10 @@ fn a_path_in_disguise_is_neither_let_in_nor_overlooked() {
         "/public/x/../y",
         "/public/.well-known",
         "/public/100%",
+        "/public/x;v=1;w=2",
+        "/public/..;x/public/y",
+        "/public/a%2520b",
+        "/public/x%3fy",
     ] {
         let line = format!("GET {path}");
         check(&allow, &[("web/front", "shop/cart-v1", 8080, &line, "permit a/0")]);
@@ -331,7 +358,11 @@ fn a_path_in_disguise_is_neither_let_in_nor_overlooked() {
     );
     check(
         &exact,
-        &[("web/front", "shop/cart-v1", 8080, "GET /a%20b", "permit e/0")],
+        &[
+            ("web/front", "shop/cart-v1", 8080, "GET /a%20b", "permit e/0"),
+            ("web/front", "shop/cart-v1", 8080, "GET /a%2520b", "deny default-deny:e"),
+            ("web/front", "shop/cart-v1", 8080, "GET /a%20b;x", "deny default-deny:e"),
+        ],
     );
 }
 
