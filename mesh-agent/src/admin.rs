@@ -7,7 +7,8 @@
 use std::{
     collections::BTreeMap,
     convert::Infallible,
-    fs, io,
+    fs,
+    io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -40,6 +41,10 @@ pub const CONNECTIONS_MAX: usize = 64;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time that a whole connection may live.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long an agent may take to answer [`ask`].
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// The longest answer that [`ask`] takes.
+const ASK_BYTES_MAX: u64 = 64 * 1024;
 /// The pause after an accept that failed for want of something (descriptors, memory).
 const REST: Duration = Duration::from_millis(50);
 
@@ -270,6 +275,36 @@ async fn serve(admin: Arc<Admin>, door: Door, stream: impl AsyncRead + AsyncWrit
     if let Err(error) = served {
         tracing::debug!(%error, "admin connection");
     }
+}
+
+/// What [`ask`] was answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// The whole body.
+    pub body: String,
+}
+
+/// Asks an agent for a page over its unix socket, from outside of it. Blocking, bounded by [`ASK_TIMEOUT`].
+pub fn ask(socket: &Path, page: &str) -> io::Result<Answer> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", socket.display()));
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).map_err(named)?;
+    stream.set_read_timeout(Some(ASK_TIMEOUT))?;
+    stream.set_write_timeout(Some(ASK_TIMEOUT))?;
+    write!(
+        stream,
+        "GET {page} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n"
+    )
+    .map_err(named)?;
+    let mut text = String::new();
+    stream.take(ASK_BYTES_MAX).read_to_string(&mut text).map_err(named)?;
+    let answer = text.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        let body = body.to_owned();
+        Some(Answer { status, body })
+    });
+    answer.ok_or_else(|| named(io::Error::new(io::ErrorKind::InvalidData, "not an answer in HTTP/1.1")))
 }
 
 /// The page `/debug/view`.

@@ -39,6 +39,8 @@ pub struct AgentConfig {
     pub controller: ControllerConfig,
     /// The kernel side.
     pub kernel: KernelSection,
+    /// The socket of the keeper that holds the pods' listeners while no agent serves.
+    pub keeper: Option<PathBuf>,
     /// Where the agent itself can be asked.
     pub admin: AdminConfig,
     /// Diagnostics.
@@ -115,6 +117,9 @@ pub struct MetricsConfig {
 pub struct DrainConfig {
     /// How long connections may end by themselves.
     pub patience: Duration,
+    /// The same when a keeper holds new connections back and no other agent has taken over: the sooner this one ends,
+    /// the sooner the next one serves them.
+    pub alone: Duration,
     /// How long those that are told to end may take.
     pub grace: Duration,
 }
@@ -185,7 +190,11 @@ pub struct ConfigFlags {
     /// Tells this agent's pins from those of another on the same machine [default: the node's name]
     #[arg(long, value_name = "NAME")]
     pub instance: Option<String>,
-    /// What happens to captured pods while no agent serves: refuse or pass [default: refuse]
+    /// The socket of the keeper that holds the pods' listeners while no agent serves
+    #[arg(long, value_name = "PATH")]
+    pub keeper: Option<PathBuf>,
+    /// What happens to captured pods' connections while no agent serves: hold (needs a keeper), refuse or pass
+    /// [default: hold with a keeper, else refuse]
     #[arg(long, value_name = "MODE")]
     pub fail_mode: Option<String>,
     /// Address of /metrics [default: [::]:15020]
@@ -419,7 +428,8 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = top.bounded("workers", cores.min(WORKERS_MAX), 1, WORKERS_MAX);
     let controller = read_controller(top.section("controller"));
-    let kernel = read_kernel(top.section("kernel"), node.as_deref());
+    let keeper: Option<PathBuf> = top.optional("keeper");
+    let kernel = read_kernel(top.section("kernel"), node.as_deref(), keeper.is_some());
     let admin = read_admin(top.section("admin"));
 
     let mut section = top.section("log");
@@ -455,6 +465,7 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
     let mut section = top.section("drain");
     let drain = DrainConfig {
         patience: section.duration("patience", Duration::from_secs(30)),
+        alone: section.duration("alone", Duration::from_secs(5)),
         grace: section.duration("grace", Duration::from_secs(5)),
     };
     section.end();
@@ -466,6 +477,7 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
         workers,
         controller: controller?,
         kernel,
+        keeper,
         admin,
         log,
         access_log,
@@ -504,7 +516,27 @@ fn is_host_and_port(address: &str) -> bool {
         .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0))
 }
 
-fn read_kernel(mut section: Section<'_>, node: Option<&str>) -> KernelSection {
+fn read_kernel(mut section: Section<'_>, node: Option<&str>, keeper: bool) -> KernelSection {
+    let modes = [
+        ("hold", FailMode::Hold),
+        ("refuse", FailMode::Refuse),
+        ("pass", FailMode::Pass),
+    ];
+    let default = if keeper { FailMode::Hold } else { FailMode::Refuse };
+    let fail_mode = section.word("failMode", default, &modes);
+    match (fail_mode, keeper) {
+        (FailMode::Hold, false) => {
+            section.problem(
+                "failMode",
+                "hold needs a keeper, but none is configured: expected refuse or pass",
+            );
+        }
+        // Its listeners are there although no agent is, so nothing is ever refused or let through.
+        (FailMode::Refuse | FailMode::Pass, true) => {
+            section.problem("failMode", "a keeper holds connections: expected hold, or no keeper");
+        }
+        (FailMode::Hold, true) | (FailMode::Refuse | FailMode::Pass, false) => {}
+    }
     let kernel = KernelSection {
         cgroup: section.or(
             "cgroup",
@@ -512,11 +544,7 @@ fn read_kernel(mut section: Section<'_>, node: Option<&str>) -> KernelSection {
         ),
         pin_root: section.or("pinRoot", PathBuf::from("/sys/fs/bpf/nodemesh")),
         instance: section.or("instance", node.unwrap_or_default().to_owned()),
-        fail_mode: section.word(
-            "failMode",
-            FailMode::Refuse,
-            &[("refuse", FailMode::Refuse), ("pass", FailMode::Pass)],
-        ),
+        fail_mode,
         debug: section.or("debug", false),
     };
     // The kernel refuses dots in the names of a bpffs, and slashes would leave the directory.
@@ -581,6 +609,7 @@ impl ConfigFlags {
             ("", "trustDomain", word(&self.trust_domain)),
             ("", "stateDir", text(&self.state_dir)),
             ("", "workers", self.workers.map(Value::from)),
+            ("", "keeper", text(&self.keeper)),
             ("controller", "address", word(&self.controller)),
             ("controller", "trustBundle", text(&self.trust_bundle)),
             ("controller", "joinTokenFile", text(&self.join_token_file)),
@@ -697,7 +726,7 @@ trustDomain: Upper
 workers: 0
 nod: x
 controller: {address: nowhere, trustBundel: /b}
-kernel: {failMode: hold, instance: 'a/b'}
+kernel: {failMode: shut, instance: 'a/b'}
 admin: {metrics: 15020}
 log: {filter: 'a=b=c', format: xml}
 path: {silence: soon}
@@ -726,9 +755,38 @@ drain: 3
         );
         let text = error.to_string();
         assert!(
-            text.contains("kernel.failMode: unknown value \"hold\", expected refuse or pass"),
+            text.contains("kernel.failMode: unknown value \"shut\", expected hold or refuse or pass"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn the_fail_mode_fits_the_keeper() {
+        let cases = [
+            (None, None, Ok(FailMode::Refuse)),
+            (None, Some("pass"), Ok(FailMode::Pass)),
+            (Some("/run/k"), None, Ok(FailMode::Hold)),
+            (Some("/run/k"), Some("hold"), Ok(FailMode::Hold)),
+            (None, Some("hold"), Err("hold needs a keeper")),
+            (Some("/run/k"), Some("refuse"), Err("a keeper holds connections")),
+            (Some("/run/k"), Some("pass"), Err("a keeper holds connections")),
+        ];
+        for (keeper, mode, expected) in cases {
+            let flags = ConfigFlags {
+                node: Some("node-2".into()),
+                controller: Some("c:15010".into()),
+                trust_bundle: Some("/b".into()),
+                keeper: keeper.map(PathBuf::from),
+                fail_mode: mode.map(str::to_owned),
+                ..ConfigFlags::default()
+            };
+            let found = AgentConfig::parse("", &flags);
+            match (found, expected) {
+                (Ok(config), Ok(mode)) => assert_eq!(config.kernel.fail_mode, mode),
+                (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{error}"),
+                (found, expected) => panic!("{keeper:?} {mode:?}: {found:?}, expected {expected:?}"),
+            }
+        }
     }
 
     #[test]

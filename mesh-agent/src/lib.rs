@@ -11,6 +11,7 @@ pub mod config;
 pub mod drain;
 pub mod event;
 pub mod identity;
+pub mod keeper;
 pub mod kernel;
 pub mod l7;
 pub mod net;

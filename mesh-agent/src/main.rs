@@ -32,6 +32,21 @@ struct Arguments {
 enum Command {
     /// Serve this node
     Run(Box<ConfigFlags>),
+    /// Hold the listeners of this node's pods while agents come and go; runs beside the agent, and outlives it
+    Keeper {
+        /// The keeper's socket; an older keeper there is taken over
+        #[arg(long, value_name = "PATH", default_value = "/run/nodemesh/keeper.sock")]
+        socket: PathBuf,
+    },
+    /// Ask an agent how it is: exit code 0 for yes, 1 for no
+    Probe {
+        /// Whether it serves (ready) or runs (live)
+        #[arg(value_parser = ["ready", "live"])]
+        what: String,
+        /// Its admin socket
+        #[arg(long, value_name = "PATH", default_value = "/run/nodemesh/agent.sock")]
+        socket: PathBuf,
+    },
     /// Detach the kernel programs that an agent left pinned; pods go on as if there were no mesh
     Detach {
         /// Which agent's: its node's name, unless it was started with another instance
@@ -48,6 +63,15 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Run(flags) => run(&flags),
+        Command::Keeper { socket } => {
+            // No filter: its engine alone would take more memory than the keeper has.
+            tracing_subscriber::fmt()
+                .with_writer(std::io::stderr)
+                .with_ansi(false)
+                .init();
+            finish(mesh_agent::keeper::run(&socket))
+        }
+        Command::Probe { what, socket } => finish(probe(&what, &socket)),
         Command::Detach { instance, pin_root } => finish(detach(&pin_root, &instance)),
         Command::Version => {
             println!(
@@ -95,6 +119,14 @@ fn open_log(config: &LogConfig) -> anyhow::Result<()> {
         LogFormat::Json => builder.json().flatten_event(true).init(),
         LogFormat::Text => builder.with_ansi(false).init(),
     }
+    Ok(())
+}
+
+/// Asks over the admin socket. What it answers is printed, so that an event on the pod tells why.
+fn probe(what: &str, socket: &Path) -> anyhow::Result<()> {
+    let answer = mesh_agent::admin::ask(socket, &format!("/{what}z"))?;
+    print!("{}", answer.body);
+    anyhow::ensure!(answer.status == 200, "the agent is not {what}");
     Ok(())
 }
 

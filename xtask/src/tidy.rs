@@ -33,6 +33,10 @@ const RANKS: &[(u8, &[(&str, &str)])] = &[
         &[
             ("net", "sockets and clocks: the seams to the operating system"),
             ("drain", "the signal to end and the guards that delay it"),
+            (
+                "keeper",
+                "the process that holds listeners while no agent serves; asking it",
+            ),
             ("event", "refusals, outcomes, records; metrics and log lines from them"),
         ],
     ),

@@ -54,6 +54,8 @@ pub enum FailMode {
     Refuse,
     /// They go on as if there were no mesh.
     Pass,
+    /// They wait in the listeners, which a keeper holds; without a listener they are refused.
+    Hold,
 }
 
 /// Where and how to attach.
@@ -454,7 +456,7 @@ fn config_entry(config: &KernelConfig) -> Result<Config, KernelError> {
     Ok(Config {
         abi_version: ABI_VERSION,
         fail_mode: match config.fail_mode {
-            FailMode::Refuse => FAIL_REFUSE,
+            FailMode::Refuse | FailMode::Hold => FAIL_REFUSE,
             FailMode::Pass => FAIL_PASS,
         },
         debug: config.debug.into(),
