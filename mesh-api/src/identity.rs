@@ -20,6 +20,8 @@ pub enum IdentityKind {
     Node,
     /// The controller: `/controller`.
     Controller,
+    /// Nobody: what stands for an endpoint that is no workload. No text is parsed to it, so no certificate has it.
+    Outside,
 }
 
 /// A checked SPIFFE id. Cheap to clone; equality is by text.
@@ -93,6 +95,13 @@ impl SpiffeId {
         }
     }
 
+    /// Stands where an identity is asked for and nobody has one. It cannot be proven: no certificate is read to it.
+    pub fn outside(domain: &TrustDomain) -> SpiffeId {
+        SpiffeId {
+            text: format!("spiffe://{}/outside", domain.as_str()).into(),
+        }
+    }
+
     /// The whole id.
     pub fn as_str(&self) -> &str {
         &self.text
@@ -112,6 +121,7 @@ impl SpiffeId {
     pub fn kind(&self) -> IdentityKind {
         match self.parts().1 {
             "controller" => IdentityKind::Controller,
+            "outside" => IdentityKind::Outside,
             path if path.starts_with("node/") => IdentityKind::Node,
             _ => IdentityKind::Workload,
         }
@@ -189,6 +199,7 @@ mod tests {
             ("spiffe://cluster.local/ns/shop/sa/front", true),
             ("spiffe://cluster.local/node/node-1", true),
             ("spiffe://cluster.local/controller", true),
+            ("spiffe://cluster.local/outside", false),
             ("spiffe://cluster.local", false),
             ("spiffe://Cluster.local/ns/a/sa/b", false),
             ("spiffe://cluster.local/ns/a/sa/", false),

@@ -5,9 +5,10 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
-use crate::identity::SpiffeId;
+use crate::identity::{SpiffeId, TrustDomain};
 
 /// A numbered, immutable state of workloads and policy. Revisions only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -20,7 +21,7 @@ impl fmt::Display for Revision {
 }
 
 /// `namespace/name` of a document.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName {
     /// The namespace.
     pub namespace: Arc<str>,
@@ -78,6 +79,11 @@ pub struct WorkloadPort {
 pub struct Workload {
     /// Namespace and name of the Pod.
     pub name: ObjectName,
+    /// `metadata.uid` of the Pod, by which its node's agent finds its processes; empty in standalone mode.
+    pub uid: Arc<str>,
+    /// Whether it has its node's own network. Its addresses are then the node's and nobody's own: it is never enrolled,
+    /// never named by its address, and as an endpoint it is reached in plaintext.
+    pub host_network: bool,
     /// The owner's name for telemetry (`app.kubernetes.io/name`, `app`, else the Pod's name).
     pub app: Arc<str>,
     /// The version for telemetry (`app.kubernetes.io/version`, `version`, else empty).
@@ -86,15 +92,18 @@ pub struct Workload {
     pub identity: SpiffeId,
     /// The node that it runs on.
     pub node: Arc<str>,
+    /// The node's zone (`topology.kubernetes.io/zone`); empty: unknown.
+    pub zone: Arc<str>,
     /// The node's own addresses: its kubelet probes from there.
     pub node_addresses: Vec<IpAddr>,
-    /// Its addresses, the primary one first.
+    /// Its addresses, the primary one first; empty while the API does not know them yet. Such a workload is no endpoint
+    /// and no source, but its agent captures it.
     pub addresses: Vec<IpAddr>,
     /// Its labels.
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
     /// Whether `nodemesh.io/mesh` enrols it.
     pub enrolled: bool,
-    /// Whether it is ready to serve.
+    /// Whether it is ready to serve; never while it terminates.
     pub ready: bool,
     /// The network namespace's file (`nodemesh.io/netns`), on its own node.
     pub netns: Option<Arc<str>>,
@@ -128,27 +137,65 @@ pub struct ServicePort {
     pub target: TargetPort,
     /// What it speaks.
     pub protocol: AppProtocol,
+    /// `nodePort`: the port on every node's address; `None`: none.
+    pub node_port: Option<u16>,
 }
 
-/// A Kubernetes Service with its resolved endpoints.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A Kubernetes Service with its endpoints.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     /// Namespace and name.
     pub name: ObjectName,
     /// Cluster IPs; empty for a headless service.
     pub addresses: Vec<IpAddr>,
+    /// Further addresses at which it is reached from within the cluster: `externalIPs` and those of its load balancer.
+    pub external_addresses: Vec<IpAddr>,
     /// Its ports.
     pub ports: Vec<ServicePort>,
     /// The selector; a service without one has no endpoints of its own.
     pub selector: BTreeMap<Arc<str>, Arc<str>>,
     /// Whether endpoints that are not ready count.
     pub publish_not_ready: bool,
+    /// Its EndpointSlices; `None`: there are none and the selector picks the endpoints, as in standalone mode.
+    pub endpoints: Option<Vec<EndpointGroup>>,
+    /// `sessionAffinity: ClientIP` and its timeout: requests of one source go to one endpoint while the endpoints stay.
+    pub session_affinity: Option<Duration>,
+    /// `internalTrafficPolicy: Local`: a node sees only the endpoints on itself.
+    pub node_local: bool,
+}
+
+/// One EndpointSlice: endpoints with the same ports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EndpointGroup {
+    /// The number of each of the service's ports, by the port's name, at these endpoints.
+    pub ports: Vec<(Arc<str>, u16)>,
+    /// The endpoints.
+    pub endpoints: Vec<ServiceEndpoint>,
+}
+
+/// One endpoint of an EndpointSlice, with one address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceEndpoint {
+    /// Its address.
+    pub address: IpAddr,
+    /// The name of the Pod in the service's namespace (`targetRef`); `None`: an address that is no pod's.
+    pub workload: Option<Arc<str>>,
+    /// `nodeName`; empty: unknown.
+    pub node: Arc<str>,
+    /// `conditions.ready`.
+    pub ready: bool,
+    /// It terminates and still serves: it takes connections where no endpoint of the service is ready.
+    pub draining: bool,
+    /// `hints.forZones`.
+    pub for_zones: Vec<Arc<str>>,
+    /// `hints.forNodes`.
+    pub for_nodes: Vec<Arc<str>>,
 }
 
 /// One address that serves a service port.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    /// Who listens there.
+    /// Who listens there; for an address outside the mesh's knowledge a stand-in ([`Workload::outside`]).
     pub workload: Arc<Workload>,
     /// Where: the workload's address of the wanted family and the target port.
     pub address: SocketAddr,
@@ -174,6 +221,34 @@ impl Service {
 }
 
 impl Workload {
+    /// Who listens at an endpoint of that service which is no pod: nobody of the mesh. It is not enrolled, proves
+    /// nothing, and is in no view.
+    pub fn outside(domain: &TrustDomain, service: &ObjectName, address: IpAddr, node: Arc<str>) -> Workload {
+        Workload {
+            name: ObjectName {
+                namespace: service.namespace.clone(),
+                name: address.to_string().into(),
+            },
+            uid: Arc::default(),
+            host_network: false,
+            app: service.name.clone(),
+            version: Arc::default(),
+            identity: SpiffeId::outside(domain),
+            node,
+            zone: Arc::default(),
+            node_addresses: Vec::new(),
+            addresses: vec![address],
+            labels: BTreeMap::new(),
+            enrolled: false,
+            ready: true,
+            netns: None,
+            ports: Vec::new(),
+            probe_ports: Vec::new(),
+            exclude_inbound_ports: Vec::new(),
+            exclude_outbound_ports: Vec::new(),
+        }
+    }
+
     /// The port number that a service's target names on this workload.
     pub fn target_port(&self, target: &TargetPort) -> Option<u16> {
         match target {
@@ -189,6 +264,18 @@ impl Workload {
 }
 
 impl AppProtocol {
+    /// The word that declares it as an `appProtocol`; empty for [`AppProtocol::Detect`].
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            AppProtocol::Detect => "",
+            AppProtocol::Http1 => "http",
+            AppProtocol::Http2 => "kubernetes.io/h2c",
+            AppProtocol::Grpc => "grpc",
+            AppProtocol::Tls => "tls",
+            AppProtocol::Tcp => "tcp",
+        }
+    }
+
     /// From a Service port's `appProtocol` and name, as Kubernetes and other meshes read them.
     pub fn declared(app_protocol: Option<&str>, port_name: Option<&str>) -> AppProtocol {
         fn known(word: &str) -> Option<AppProtocol> {

@@ -20,7 +20,10 @@ use mesh_api::{
         TrafficPolicy, TrafficTimeouts, UrlRewrite,
     },
     wire::{CertificateReport, PodReport, Report, TrustRoots, Update, control},
-    workload::{AppProtocol, ObjectName, Revision, Service, ServicePort, TargetPort, Workload, WorkloadPort},
+    workload::{
+        AppProtocol, EndpointGroup, ObjectName, Revision, Service, ServiceEndpoint, ServicePort, TargetPort, Workload,
+        WorkloadPort,
+    },
 };
 use proptest::{collection, option, prelude::*};
 
@@ -484,9 +487,16 @@ fn workload() -> impl Strategy<Value = Workload> {
         (addresses(), addresses(), shared_labels()),
         (any::<bool>(), any::<bool>(), option::of(short("/[a-z]{1,9}"))),
         (collection::vec(named, 0..3), ports(), ports(), ports()),
+        (short("[a-f0-9]{0,9}"), any::<bool>(), short("[a-z0-9]{0,9}")),
     )
         .prop_map(
-            |((name, app, version, node), (node_addresses, addresses, labels), (enrolled, ready, netns), ports)| {
+            |(
+                (name, app, version, node),
+                (node_addresses, addresses, labels),
+                (enrolled, ready, netns),
+                ports,
+                (uid, host_network, zone),
+            )| {
                 let identity = format!("spiffe://cluster.local/ns/{}/sa/x", name.namespace)
                     .parse()
                     .unwrap();
@@ -507,6 +517,9 @@ fn workload() -> impl Strategy<Value = Workload> {
                     probe_ports,
                     exclude_inbound_ports,
                     exclude_outbound_ports,
+                    uid,
+                    host_network,
+                    zone,
                 }
             },
         )
@@ -517,26 +530,74 @@ fn service() -> impl Strategy<Value = Service> {
         port().prop_map(TargetPort::Number),
         short(name()).prop_map(TargetPort::Name)
     ];
-    let port = (short(name()), port(), target, protocol()).prop_map(|(name, port, target, protocol)| ServicePort {
-        name,
-        port,
-        target,
-        protocol,
-    });
+    let service_port = (short(name()), port(), target, protocol(), option::of(port())).prop_map(
+        |(name, port, target, protocol, node_port)| ServicePort {
+            name,
+            port,
+            target,
+            protocol,
+            node_port,
+        },
+    );
+    let affinity = option::of((1u64..100_000).prop_map(Time::from_secs));
     (
         object_name(),
-        collection::vec(any::<IpAddr>(), 0..3),
-        collection::vec(port, 0..3),
-        shared_labels(),
-        any::<bool>(),
+        (
+            collection::vec(any::<IpAddr>(), 0..3),
+            collection::vec(any::<IpAddr>(), 0..3),
+        ),
+        collection::vec(service_port, 0..3),
+        (shared_labels(), any::<bool>()),
+        option::of(collection::vec(endpoint_group(), 0..3)),
+        (affinity, any::<bool>()),
     )
-        .prop_map(|(name, addresses, ports, selector, publish_not_ready)| Service {
-            name,
-            addresses,
-            ports,
-            selector,
-            publish_not_ready,
-        })
+        .prop_map(
+            |(
+                name,
+                (addresses, external_addresses),
+                ports,
+                (selector, publish_not_ready),
+                endpoints,
+                (session_affinity, node_local),
+            )| Service {
+                name,
+                addresses,
+                external_addresses,
+                ports,
+                selector,
+                publish_not_ready,
+                endpoints,
+                session_affinity,
+                node_local,
+            },
+        )
+}
+
+fn endpoint_group() -> impl Strategy<Value = EndpointGroup> {
+    let names = || collection::vec(short(name()), 0..2);
+    let endpoint = (
+        any::<IpAddr>(),
+        option::of(short(name())),
+        short(name()),
+        (any::<bool>(), any::<bool>()),
+        (names(), names()),
+    )
+        .prop_map(
+            |(address, workload, node, (ready, draining), (for_zones, for_nodes))| ServiceEndpoint {
+                address,
+                workload,
+                node,
+                ready,
+                draining,
+                for_zones,
+                for_nodes,
+            },
+        );
+    (
+        collection::vec((short(name()), port()), 0..3),
+        collection::vec(endpoint, 0..3),
+    )
+        .prop_map(|(ports, endpoints)| EndpointGroup { ports, endpoints })
 }
 
 fn resource() -> impl Strategy<Value = Resource> {

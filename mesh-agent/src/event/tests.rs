@@ -36,6 +36,9 @@ fn workload(name: &str, app: &str) -> Arc<Workload> {
         probe_ports: Vec::new(),
         exclude_inbound_ports: Vec::new(),
         exclude_outbound_ports: Vec::new(),
+        uid: "".into(),
+        host_network: false,
+        zone: "".into(),
     })
 }
 
@@ -46,6 +49,7 @@ fn service(name: &str) -> Arc<Service> {
         ports: Vec::new(),
         selector: BTreeMap::new(),
         publish_not_ready: false,
+        ..Service::default()
     })
 }
 

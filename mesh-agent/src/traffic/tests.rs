@@ -53,6 +53,9 @@ fn endpoint(number: u8) -> Endpoint {
         probe_ports: vec![],
         exclude_inbound_ports: vec![],
         exclude_outbound_ports: vec![],
+        uid: "".into(),
+        host_network: false,
+        zone: "".into(),
     };
     Endpoint {
         workload: Arc::new(workload),
@@ -67,6 +70,7 @@ fn backend(endpoints: u8, settings: BreakerSettings) -> Backend {
         ports: vec![],
         selector: BTreeMap::new(),
         publish_not_ready: false,
+        ..Service::default()
     };
     Backend {
         key: BackendKey {

@@ -292,6 +292,7 @@ fn service(name: &str) -> Resource {
         ports: Vec::new(),
         selector: BTreeMap::new(),
         publish_not_ready: false,
+        ..Service::default()
     })
 }
 

@@ -153,6 +153,7 @@ mod tests {
             ports: Vec::new(),
             selector: BTreeMap::new(),
             publish_not_ready: false,
+            ..Service::default()
         });
         Held {
             revision: Revision(revision),

@@ -391,6 +391,7 @@ mod tests {
             ports: Vec::new(),
             selector: BTreeMap::new(),
             publish_not_ready: false,
+            ..Service::default()
         })
     }
 

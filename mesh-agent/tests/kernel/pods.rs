@@ -40,6 +40,9 @@ fn workload(world: &World, name: &str) -> Workload {
         probe_ports: Vec::new(),
         exclude_inbound_ports: Vec::new(),
         exclude_outbound_ports: Vec::new(),
+        uid: "".into(),
+        host_network: false,
+        zone: "".into(),
     }
 }
 

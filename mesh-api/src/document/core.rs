@@ -1,6 +1,7 @@
-//! What the mesh reads of Kubernetes' own kinds. Everything else in them is kept and not looked at.
+//! What the mesh reads of Kubernetes' own kinds. Everything else is not looked at: kept where people wrote the document,
+//! left out where it comes from an API server.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use crate::workload::AppProtocol;
 
@@ -22,10 +23,16 @@ pub struct PodSpec {
     pub host_network: bool,
     /// `spec.containers`.
     pub containers: Vec<Container>,
+    /// `spec.initContainers` that run as long as the pod does (`restartPolicy: Always`).
+    pub sidecars: Vec<Container>,
     /// `status.podIPs`, else `status.podIP`.
     pub addresses: Vec<IpAddr>,
     /// The `Ready` condition of `status.conditions`; `None` if it has none.
     pub ready: Option<bool>,
+    /// Whether it is being deleted (`metadata.deletionTimestamp`): it still runs, and is not ready.
+    pub terminating: bool,
+    /// Whether it has run to its end (`status.phase` Succeeded or Failed): it is no workload any more.
+    pub finished: bool,
 }
 
 /// A container of a Pod.
@@ -75,11 +82,11 @@ pub struct Probe {
     /// What is asked.
     pub check: Check,
     /// `initialDelaySeconds`.
-    pub initial_delay: std::time::Duration,
+    pub initial_delay: Duration,
     /// `periodSeconds`, 10 s by default.
-    pub period: std::time::Duration,
+    pub period: Duration,
     /// `timeoutSeconds`, 1 s by default.
-    pub timeout: std::time::Duration,
+    pub timeout: Duration,
     /// `successThreshold`, 1 by default.
     pub success_threshold: u32,
     /// `failureThreshold`, 3 by default.
@@ -141,6 +148,53 @@ pub struct ServiceSpec {
     pub selector: BTreeMap<String, String>,
     /// `publishNotReadyAddresses`.
     pub publish_not_ready: bool,
+    /// `externalIPs`, and `status.loadBalancer.ingress` where the nodes answer for it.
+    pub external_addresses: Vec<IpAddr>,
+    /// `externalName` of a service of that type: a name in DNS, with no address and no endpoints.
+    pub external_name: Option<String>,
+    /// The timeout of `sessionAffinity: ClientIP`, 3 h by default.
+    pub session_affinity: Option<Duration>,
+    /// `internalTrafficPolicy: Local`.
+    pub node_local: bool,
+}
+
+/// An EndpointSlice. Its service is named by the label `kubernetes.io/service-name`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EndpointSliceSpec {
+    /// `ports` of protocol TCP with a number.
+    pub ports: Vec<SlicePort>,
+    /// `endpoints`; empty for address type FQDN.
+    pub endpoints: Vec<SliceEndpoint>,
+}
+
+/// A port of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// The name of the service's port; empty if it has none.
+    pub name: String,
+    /// The number at the endpoints.
+    pub port: u16,
+}
+
+/// An endpoint of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SliceEndpoint {
+    /// `addresses`; they all mean the same.
+    pub addresses: Vec<IpAddr>,
+    /// `targetRef` of kind Pod: its name and UID. The UID may be empty.
+    pub pod: Option<(String, String)>,
+    /// `nodeName`; empty: unknown.
+    pub node: String,
+    /// `conditions.ready`, true by default.
+    pub ready: bool,
+    /// `conditions.serving`, as `ready` by default.
+    pub serving: bool,
+    /// `conditions.terminating`.
+    pub terminating: bool,
+    /// `hints.forZones`.
+    pub for_zones: Vec<String>,
+    /// `hints.forNodes`.
+    pub for_nodes: Vec<String>,
 }
 
 /// A port of a Service.
@@ -154,12 +208,19 @@ pub struct ServicePortSpec {
     pub target: SpecPort,
     /// From `appProtocol`, else the name's first word.
     pub protocol: AppProtocol,
+    /// `nodePort`.
+    pub node_port: Option<u16>,
 }
 
 impl PodSpec {
+    /// The containers that run while the pod serves.
+    pub fn running(&self) -> impl Iterator<Item = &Container> {
+        self.containers.iter().chain(&self.sidecars)
+    }
+
     /// The number of a port that a probe or a service names.
     pub fn port_number(&self, port: &SpecPort) -> Option<u16> {
-        self.containers.iter().find_map(|container| container.port_number(port))
+        self.running().find_map(|container| container.port_number(port))
     }
 
     /// The ports that the node's kubelet asks, each once, in order.
@@ -168,7 +229,7 @@ impl PodSpec {
             let ports = container.probes().filter_map(|probe| probe.check.port());
             ports.filter_map(|port| container.port_number(&port)).collect()
         };
-        let mut ports: Vec<u16> = self.containers.iter().flat_map(of_container).collect();
+        let mut ports: Vec<u16> = self.running().flat_map(of_container).collect();
         ports.sort_unstable();
         ports.dedup();
         ports
@@ -187,6 +248,22 @@ impl Container {
             SpecPort::Number(number) => Some(*number),
             SpecPort::Name(name) => self.ports.iter().find(|p| p.name == *name).map(|p| p.port),
         }
+    }
+}
+
+impl Probe {
+    /// What is left when only the port that is asked matters; nothing of a command.
+    pub(super) fn only_its_port(self) -> Option<Probe> {
+        Some(Probe {
+            check: Check::TcpSocket {
+                port: self.check.port()?,
+            },
+            initial_delay: Duration::ZERO,
+            period: Duration::from_secs(10),
+            timeout: Duration::from_secs(1),
+            success_threshold: 1,
+            failure_threshold: 3,
+        })
     }
 }
 

@@ -1,9 +1,18 @@
 //! Reads Kubernetes' own kinds, tolerating every field that the mesh does not look at.
+//!
+//! Of an object out of an API server ([`Origin::Cluster`]) only what decisions look at is read: it has been validated
+//! there, there is nobody to answer a problem to, and refusing it would not make the pod go away. What is wrong with its
+//! annotations or enrolment label is told by [`super::DocumentSet::validate`]; until it is mended the label and the
+//! annotation count as absent.
 
 use std::{net::IpAddr, time::Duration};
 
-use super::core::{
-    Check, Container, ContainerPort, EnvVar, NodeSpec, PodSpec, Probe, ServicePortSpec, ServiceSpec, SpecPort,
+use super::{
+    core::{
+        Check, Container, ContainerPort, EndpointSliceSpec, EnvVar, NodeSpec, PodSpec, Probe, ServicePortSpec,
+        ServiceSpec, SliceEndpoint, SlicePort, SpecPort,
+    },
+    parse::Origin,
 };
 use crate::{
     policy::check,
@@ -27,6 +36,11 @@ const ITEMS_MAX: usize = 1024;
 const ADDRESSES_MAX: usize = 16;
 /// The most ports that one annotation excludes.
 pub(super) const EXCLUDED_PORTS_MAX: usize = 64;
+/// The most endpoints of an EndpointSlice and addresses of each, as in Kubernetes.
+const ENDPOINTS_MAX: usize = 1000;
+const ENDPOINT_ADDRESSES_MAX: usize = 100;
+/// How long a source is bound to an endpoint unless the service says otherwise, as in Kubernetes.
+const AFFINITY_SECONDS_DEFAULT: u32 = 10_800;
 /// The longest time of a probe, in seconds.
 const SECONDS_MAX: u32 = 86_400;
 
@@ -113,45 +127,60 @@ fn texts(fields: &mut Fields, name: &'static str) -> Option<Vec<String>> {
 }
 
 /// A Pod.
-pub(super) fn pod(fields: &mut Fields) -> Option<PodSpec> {
-    let enrolment = enrolment(fields);
-    let annotations = pod_annotations(fields);
-    let spec = fields.need("spec", "containers").and_then(|f| pod_spec(&f));
+pub(super) fn pod(fields: &mut Fields, origin: Origin) -> Option<PodSpec> {
+    let good = origin == Origin::Cluster || (enrolment(fields) & pod_annotations(fields));
+    let terminating = fields
+        .get("metadata")
+        .and_then(|f| f.fields_if_map())
+        .is_some_and(|metadata| metadata.has("deletionTimestamp"));
+    let spec = fields.need("spec", "containers").and_then(|f| pod_spec(&f, origin));
     let status = fields.read("status", pod_status);
-    let (mut spec, status) = (spec?, status?);
-    if let Some((addresses, ready)) = status {
-        spec.addresses = addresses;
-        spec.ready = ready;
-    }
-    (enrolment && annotations).then_some(spec)
+    let (mut spec, status) = (spec?, status?.unwrap_or_default());
+    spec.addresses = status.addresses;
+    spec.finished = status.finished;
+    // A cluster's kubelet says when a pod is ready; until it has, the pod is not.
+    spec.ready = status.ready.or((origin == Origin::Cluster).then_some(false));
+    spec.terminating = terminating;
+    good.then_some(spec)
 }
 
-fn pod_spec(field: &Field) -> Option<PodSpec> {
+fn pod_spec(field: &Field, origin: Origin) -> Option<PodSpec> {
     let mut fields = field.fields()?;
     let service_account = fields.read("serviceAccountName", check::dns_name);
     let node = fields.read("nodeName", check::dns_name);
     let host_network = fields.read("hostNetwork", Field::boolean);
     let containers = fields
         .need("containers", "at least one container")
-        .and_then(|f| containers(&f));
+        .and_then(|f| containers(&f, origin));
+    let sidecars = fields.read("initContainers", |f| sidecars(f, origin));
     let spec = PodSpec {
         service_account: service_account?.unwrap_or_else(|| "default".to_owned()),
         node: node?,
         host_network: host_network?.unwrap_or(false),
         containers: containers?,
-        addresses: Vec::new(),
-        ready: None,
+        sidecars: sidecars?.unwrap_or_default(),
+        ..PodSpec::default()
     };
-    probes_find_their_ports(field, &spec).then_some(spec)
+    (origin == Origin::Cluster || probes_find_their_ports(field, &spec)).then_some(spec)
 }
 
-fn containers(field: &Field) -> Option<Vec<Container>> {
+/// The init containers that stay.
+fn sidecars(field: &Field, origin: Origin) -> Option<Vec<Container>> {
+    let stays = |field: &&Field| {
+        let policy = field.fields_if_map().and_then(|mut fields| fields.get("restartPolicy"));
+        policy.is_some_and(|f| matches!(&f.node().tree, crate::read::Tree::Text(text) if text == "Always"))
+    };
+    let items = field.items(CONTAINERS_MAX)?;
+    items.iter().filter(stays).map(|item| container(item, origin)).collect()
+}
+
+fn containers(field: &Field, origin: Origin) -> Option<Vec<Container>> {
     let items = field.items(CONTAINERS_MAX)?;
     if items.is_empty() {
         field.refuse("is empty", "at least one container");
         return None;
     }
-    let containers: Vec<Option<Container>> = items.iter().map(container).collect();
+    let containers: Vec<Option<Container>> = items.iter().map(|item| container(item, origin)).collect();
     check::unique(
         &items,
         containers.iter().map(|c| c.as_ref().map(|c| c.name.as_str())),
@@ -162,7 +191,7 @@ fn containers(field: &Field) -> Option<Vec<Container>> {
 
 fn probes_find_their_ports(field: &Field, spec: &PodSpec) -> bool {
     let mut good = true;
-    for container in &spec.containers {
+    for container in spec.running() {
         for probe in container.probes() {
             if let Some(SpecPort::Name(name)) = probe.check.port()
                 && container.port_number(&SpecPort::Name(name.clone())).is_none()
@@ -180,11 +209,28 @@ fn probes_find_their_ports(field: &Field, spec: &PodSpec) -> bool {
     good
 }
 
-fn container(field: &Field) -> Option<Container> {
+fn container(field: &Field, origin: Origin) -> Option<Container> {
     let mut fields = field.fields()?;
     let name = fields
         .need("name", "the container's name")
         .and_then(|f| check::dns_label(&f));
+    if origin == Origin::Cluster {
+        let ports = fields.list("ports", ITEMS_MAX, container_port);
+        let mut port_asked = |name| Some(fields.read(name, probe)?.and_then(Probe::only_its_port));
+        let (readiness, liveness, startup) = (
+            port_asked("readinessProbe"),
+            port_asked("livenessProbe"),
+            port_asked("startupProbe"),
+        );
+        return Some(Container {
+            name: name?,
+            ports: ports?.into_iter().flatten().collect(),
+            readiness: readiness?,
+            liveness: liveness?,
+            startup: startup?,
+            ..Container::default()
+        });
+    }
     let command = texts(&mut fields, "command");
     let args = texts(&mut fields, "args");
     let working_dir = fields.read("workingDir", |f| f.text().map(str::to_owned));
@@ -340,9 +386,16 @@ fn http_get(field: &Field) -> Option<Check> {
     })
 }
 
-/// The pod's addresses and whether it is ready.
-fn pod_status(field: &Field) -> Option<(Vec<IpAddr>, Option<bool>)> {
+#[derive(Default)]
+struct PodStatus {
+    addresses: Vec<IpAddr>,
+    ready: Option<bool>,
+    finished: bool,
+}
+
+fn pod_status(field: &Field) -> Option<PodStatus> {
     let mut fields = field.fields()?;
+    let phase = fields.read("phase", Field::text);
     let many = fields.list("podIPs", ADDRESSES_MAX, |f| {
         f.fields()?.need("ip", "an address").and_then(|f| f.address())
     });
@@ -365,12 +418,33 @@ fn pod_status(field: &Field) -> Option<(Vec<IpAddr>, Option<bool>)> {
         .into_iter()
         .find(|(kind, _)| *kind == "Ready")
         .map(|(_, status)| status == "True");
-    Some((addresses, ready))
+    Some(PodStatus {
+        addresses,
+        ready,
+        finished: matches!(phase?, Some("Succeeded" | "Failed")),
+    })
 }
 
 /// A Service.
 pub(super) fn service(fields: &mut Fields) -> Option<ServiceSpec> {
-    fields.need("spec", "ports").and_then(|f| service_spec(&f))
+    let spec = fields.need("spec", "ports").and_then(|f| service_spec(&f));
+    let of_balancer = fields.read("status", |f| {
+        f.fields()?.read("loadBalancer", |f| {
+            f.fields()?.list("ingress", ADDRESSES_MAX, |f| {
+                let mut fields = f.fields()?;
+                let address = fields.read("ip", Field::address)?;
+                // With another mode the balancer itself is to be asked, from within the cluster, too.
+                let mode = fields.read("ipMode", Field::text)?;
+                Some(address.filter(|_| mode.is_none_or(|mode| mode == "VIP")))
+            })
+        })
+    });
+    let (mut spec, of_balancer) = (spec?, of_balancer?);
+    let of_balancer = of_balancer.flatten().unwrap_or_default();
+    spec.external_addresses.extend(of_balancer.into_iter().flatten());
+    spec.external_addresses.sort_unstable();
+    spec.external_addresses.dedup();
+    Some(spec)
 }
 
 fn cluster_address(field: &Field) -> Option<Option<IpAddr>> {
@@ -394,8 +468,24 @@ fn service_spec(field: &Field) -> Option<ServiceSpec> {
     let selector = fields.read("selector", check::labels);
     let publish_not_ready = fields.read("publishNotReadyAddresses", Field::boolean);
     let ports = fields.read("ports", service_ports);
+    let external = fields.list("externalIPs", ADDRESSES_MAX, Field::address);
+    let is_name = fields.read("type", |f| f.text().map(|kind| kind == "ExternalName"));
+    let external_name = fields.read("externalName", |f| f.text().map(str::to_owned));
+    let affinity = fields.read("sessionAffinity", |f| {
+        f.choice(&[("None", false), ("ClientIP", true)], &[])
+    });
+    let timeout = fields.read("sessionAffinityConfig", |f| {
+        let seconds = |f: &Field| f.integer(1..=SECONDS_MAX);
+        f.fields()?
+            .read("clientIP", |f| f.fields()?.read("timeoutSeconds", seconds))
+    });
+    let node_local = fields.read("internalTrafficPolicy", |f| {
+        f.choice(&[("Cluster", false), ("Local", true)], &[])
+    });
+    let (affinity, timeout) = (affinity?.unwrap_or(false), timeout?.flatten().flatten());
+    let timeout = Duration::from_secs(timeout.unwrap_or(AFFINITY_SECONDS_DEFAULT).into());
     let many: Vec<IpAddr> = many?.into_iter().flatten().collect();
-    Some(ServiceSpec {
+    let spec = ServiceSpec {
         addresses: if many.is_empty() {
             one?.into_iter().collect()
         } else {
@@ -405,6 +495,81 @@ fn service_spec(field: &Field) -> Option<ServiceSpec> {
         ports: ports?.unwrap_or_default(),
         selector: selector?.unwrap_or_default(),
         publish_not_ready: publish_not_ready?.unwrap_or(false),
+        external_addresses: external?,
+        external_name: None,
+        session_affinity: affinity.then_some(timeout),
+        node_local: node_local?.unwrap_or(false),
+    };
+    let (is_name, external_name) = (is_name?.unwrap_or(false), external_name?);
+    if !is_name {
+        return Some(spec);
+    }
+    // A name in DNS: what else is written has no meaning, as in Kubernetes.
+    Some(ServiceSpec {
+        external_name: Some(external_name.unwrap_or_default()),
+        ports: spec.ports,
+        ..ServiceSpec::default()
+    })
+}
+
+/// An EndpointSlice.
+pub(super) fn endpoint_slice(fields: &mut Fields) -> Option<EndpointSliceSpec> {
+    let by_name = fields.read("addressType", |f| f.text().map(|kind| kind == "FQDN"));
+    let ports = fields.list("ports", ITEMS_MAX, |f| {
+        let mut fields = f.fields()?;
+        let name = fields.read("name", Field::text);
+        let number = fields.read("port", port);
+        let tcp = is_tcp(&mut fields)?;
+        let (name, number) = (name?.unwrap_or_default().to_owned(), number?);
+        // No number stands for every port, which no service can name.
+        Some(number.filter(|_| tcp).map(|port| SlicePort { name, port }))
+    });
+    let endpoints = match by_name? {
+        Some(true) => Some(Vec::new()),
+        _ => fields.list("endpoints", ENDPOINTS_MAX, slice_endpoint),
+    };
+    Some(EndpointSliceSpec {
+        ports: ports?.into_iter().flatten().collect(),
+        endpoints: endpoints?,
+    })
+}
+
+fn slice_endpoint(field: &Field) -> Option<SliceEndpoint> {
+    let mut fields = field.fields()?;
+    let addresses = fields.list("addresses", ENDPOINT_ADDRESSES_MAX, Field::address);
+    let node = fields.read("nodeName", Field::text);
+    let conditions = fields.read("conditions", |f| {
+        let mut fields = f.fields()?;
+        let ready = fields.read("ready", Field::boolean)?.unwrap_or(true);
+        let serving = fields.read("serving", Field::boolean)?.unwrap_or(ready);
+        let terminating = fields.read("terminating", Field::boolean)?.unwrap_or(false);
+        Some((ready, serving, terminating))
+    });
+    let pod = fields.read("targetRef", |f| {
+        let mut fields = f.fields()?;
+        let kind = fields.read("kind", Field::text)?;
+        let name = fields.read("name", Field::text)?.unwrap_or_default();
+        let uid = fields.read("uid", Field::text)?.unwrap_or_default();
+        Some((kind == Some("Pod")).then(|| (name.to_owned(), uid.to_owned())))
+    });
+    let hints = fields.read("hints", |f| {
+        let mut fields = f.fields()?;
+        let name = |f: &Field| f.fields()?.read("name", Field::text).flatten().map(str::to_owned);
+        let zones = fields.list("forZones", ITEMS_MAX, name);
+        let nodes = fields.list("forNodes", ITEMS_MAX, name);
+        Some((zones?, nodes?))
+    });
+    let (ready, serving, terminating) = conditions?.unwrap_or((true, true, false));
+    let (for_zones, for_nodes) = hints?.unwrap_or_default();
+    Some(SliceEndpoint {
+        addresses: addresses?,
+        pod: pod?.flatten(),
+        node: node?.unwrap_or_default().to_owned(),
+        ready,
+        serving,
+        terminating,
+        for_zones,
+        for_nodes,
     })
 }
 
@@ -448,6 +613,7 @@ fn service_port(field: &Field) -> Option<Option<ServicePortSpec>> {
         _ => spec_port(f).map(Some),
     });
     let app_protocol = fields.read("appProtocol", Field::text);
+    let node_port = fields.read("nodePort", |f| f.integer(0..=u16::MAX));
     let tcp = is_tcp(&mut fields)?;
     let (name, port) = (name?.unwrap_or_default(), number?);
     let protocol = AppProtocol::declared(app_protocol?, (!name.is_empty()).then_some(name.as_str()));
@@ -457,5 +623,6 @@ fn service_port(field: &Field) -> Option<Option<ServicePortSpec>> {
         port,
         target,
         protocol,
+        node_port: node_port?.filter(|port| *port > 0),
     }))
 }

@@ -2,8 +2,11 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use super::{Document, DocumentKey, DocumentSet, Kind, Problem, ServiceSpec};
-use crate::policy::{BackendKind, BackendTarget, HttpRoute, ParentRef, TargetRef};
+use super::{
+    Document, DocumentKey, DocumentSet, Kind, Meta, Problem, ServiceSpec,
+    core_reader::{ENROL_LABEL, EXCLUDE_INBOUND_ANNOTATION, EXCLUDE_OUTBOUND_ANNOTATION, ports_of_annotation},
+};
+use crate::policy::{BackendKind, BackendTarget, ParentRef, TargetRef};
 
 pub(super) fn validate(set: &DocumentSet) -> Vec<Problem> {
     let mut check = Check {
@@ -46,17 +49,59 @@ impl Check<'_> {
     fn document(&mut self, document: &Document) {
         let key = document.key();
         match document {
-            Document::Namespace(_) | Document::ServiceAccount(_) | Document::Node(_) => {}
-            Document::Pod(pod) if pod.spec.host_network => {}
-            Document::Pod(pod) => self.own_addresses(&key, &pod.spec.addresses, "status.podIPs"),
+            Document::ServiceAccount(_)
+            | Document::Node(_)
+            | Document::EndpointSlice(_)
+            | Document::ReferenceGrant(_) => {}
+            Document::Namespace(object) => self.enrolment(&key, &object.meta),
+            Document::Pod(pod) => {
+                self.enrolment(&key, &pod.meta);
+                self.annotations(&key, &pod.meta);
+                if !pod.spec.host_network && !pod.spec.finished {
+                    self.own_addresses(&key, &pod.spec.addresses, "status.podIPs");
+                }
+            }
             Document::Service(service) => self.own_addresses(&key, &service.spec.addresses, "spec.clusterIPs"),
-            Document::HttpRoute(route) => self.route(&key, &route.spec),
+            Document::HttpRoute(_) | Document::GrpcRoute(_) | Document::TcpRoute(_) | Document::TlsRoute(_) => {
+                self.route(&key, document);
+            }
+            Document::Unreadable(object) => {
+                let message = format!("cannot be read: {}", object.spec.why());
+                self.warn(&key, String::new(), message, "a document that this version reads");
+            }
             Document::MeshPolicy(policy) => self.targets(&key, &policy.spec.target_refs),
             Document::TrafficPolicy(policy) => self.targets(&key, &policy.spec.target_refs),
             Document::RateLimit(policy) => self.targets(&key, &policy.spec.target_refs),
             Document::AccessPolicy(policy) => self.targets(&key, &policy.spec.target_refs),
             Document::ServiceSubset(subset) => {
                 self.named_service(&key, "spec.service".to_owned(), &key.namespace, &subset.spec.service);
+            }
+        }
+    }
+
+    /// What a text is refused for and an API server has taken.
+    fn enrolment(&mut self, key: &DocumentKey, meta: &Meta) {
+        if let Some(value) = meta.labels.get(ENROL_LABEL)
+            && !matches!(value.as_str(), "enabled" | "disabled")
+        {
+            let path = format!("metadata.labels[{ENROL_LABEL:?}]");
+            self.warn(
+                key,
+                path,
+                format!("{value:?} is not known and not looked at"),
+                "enabled or disabled",
+            );
+        }
+    }
+
+    fn annotations(&mut self, key: &DocumentKey, meta: &Meta) {
+        for name in [EXCLUDE_INBOUND_ANNOTATION, EXCLUDE_OUTBOUND_ANNOTATION] {
+            if let Some(text) = meta.annotations.get(name)
+                && ports_of_annotation(text).is_none()
+            {
+                let path = format!("metadata.annotations[{name:?}]");
+                let message = format!("{text:?} is no list of ports; no port is excluded");
+                self.warn(key, path, message, "ports separated by commas, such as \"80,443\"");
             }
         }
     }
@@ -100,12 +145,13 @@ impl Check<'_> {
         }
     }
 
-    fn route(&mut self, key: &DocumentKey, route: &HttpRoute) {
-        if !route.parent_refs.iter().any(ParentRef::is_service) {
+    fn route(&mut self, key: &DocumentKey, route: &Document) {
+        let parents = route.parent_refs();
+        if !parents.iter().any(ParentRef::is_service) {
             let message = "no parent is a Service: the mesh does not use this route".to_owned();
             self.warn(key, "spec.parentRefs".to_owned(), message, "a parent with kind Service");
         }
-        for (index, parent) in route.parent_refs.iter().enumerate().filter(|(_, p)| p.is_service()) {
+        for (index, parent) in parents.iter().enumerate().filter(|(_, p)| p.is_service()) {
             let path = format!("spec.parentRefs[{index}]");
             let namespace = parent.namespace.as_deref().unwrap_or(&key.namespace);
             if !self.named_service(key, path.clone(), namespace, &parent.name) {

@@ -3,14 +3,19 @@
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use super::{
-    Document, DocumentKey, DocumentSet, Kind, Meta, Object, PodSpec, Resource, ServiceSpec, SpecPort,
+    Document, DocumentKey, DocumentSet, EndpointSliceSpec, Kind, Meta, Object, PodSpec, Resource, ServiceSpec,
+    SliceEndpoint, SpecPort,
     core_reader::{
         ENROL_LABEL, EXCLUDE_INBOUND_ANNOTATION, EXCLUDE_OUTBOUND_ANNOTATION, NETNS_ANNOTATION, ports_of_annotation,
     },
+    parse::{SERVICE_NAME_LABEL, ZONE_LABEL},
 };
 use crate::{
     identity::{SpiffeId, TrustDomain},
-    workload::{AppProtocol, ObjectName, Service, ServicePort, TargetPort, Workload, WorkloadPort},
+    workload::{
+        AppProtocol, EndpointGroup, ObjectName, Service, ServiceEndpoint, ServicePort, TargetPort, Workload,
+        WorkloadPort,
+    },
 };
 
 pub(super) fn resources(set: &DocumentSet, trust_domain: &TrustDomain) -> Vec<Resource> {
@@ -18,23 +23,64 @@ pub(super) fn resources(set: &DocumentSet, trust_domain: &TrustDomain) -> Vec<Re
         Document::Pod(pod) => workload(set, trust_domain, pod).map(Resource::Workload),
         _ => None,
     });
+    let slices = slices_by_service(set);
     let services = set.of_kind(Kind::Service).filter_map(|document| match document {
-        Document::Service(object) => Some(Resource::Service(service(object))),
+        Document::Service(object) => {
+            let key = (&*object.meta.namespace, &*object.meta.name);
+            let slices = slices.get(&key).map(Vec::as_slice);
+            Some(Resource::Service(service(set, object, slices)))
+        }
         _ => None,
     });
     let policies = set.iter().filter(|document| document.kind().is_policy());
     pods.chain(services)
-        .chain(policies.map(|document| Resource::Policy(bare(document))))
+        .chain(
+            policies
+                .filter_map(holding)
+                .map(|document| Resource::Policy(bare(document))),
+        )
         .collect()
 }
 
-/// Without labels and annotations: no decision looks at them, and a change of theirs is no change for an agent.
+/// What holds for a policy: itself; if it cannot be read its last version that could be, else the denial that a guard
+/// turns into.
+fn holding(document: &Document) -> Option<&Document> {
+    match document {
+        Document::Unreadable(object) => match &object.spec.last {
+            Some(last) => Some(last),
+            None => object.spec.kind.is_guard().then_some(document),
+        },
+        _ => Some(document),
+    }
+}
+
+/// Without labels, annotations and UID: no decision looks at them, and a change of theirs is no change for an agent.
+/// Why a document cannot be read is no matter of agents either.
 fn bare(document: &Document) -> Document {
     let mut bare = document.clone();
+    if let Document::Unreadable(object) = &mut bare {
+        object.spec.problems.clear();
+    }
     let meta = bare.meta_mut();
     meta.labels.clear();
     meta.annotations.clear();
+    meta.uid = Arc::default();
     bare
+}
+
+type Slices<'a> = BTreeMap<(&'a str, &'a str), Vec<&'a Object<EndpointSliceSpec>>>;
+
+/// By the service's namespace and name, each list in the order of the slices' names.
+fn slices_by_service(set: &DocumentSet) -> Slices<'_> {
+    let mut slices = Slices::new();
+    for document in set.of_kind(Kind::EndpointSlice) {
+        if let Document::EndpointSlice(slice) = document
+            && let Some(service) = slice.meta.labels.get(SERVICE_NAME_LABEL)
+        {
+            slices.entry((&slice.meta.namespace, service)).or_default().push(slice);
+        }
+    }
+    slices
 }
 
 fn shared(labels: &BTreeMap<String, String>) -> BTreeMap<Arc<str>, Arc<str>> {
@@ -50,27 +96,33 @@ fn first_label(meta: &Meta, keys: [&str; 2]) -> Option<Arc<str>> {
         .map(|value| value.as_str().into())
 }
 
-/// The pod's own label, else its namespace's, else no. A pod with the node's network cannot be told from the node.
+/// The pod's own label, else its namespace's, else no; a label that says neither `enabled` nor `disabled` counts as
+/// absent. A pod with the node's network cannot be told from the node.
 fn is_enrolled(set: &DocumentSet, pod: &Object<PodSpec>) -> bool {
     let namespace = set.get(&DocumentKey::new(Kind::Namespace, "", &pod.meta.namespace));
-    let label = pod
-        .meta
-        .labels
-        .get(ENROL_LABEL)
-        .or_else(|| namespace?.meta().labels.get(ENROL_LABEL));
-    !pod.spec.host_network && label.is_some_and(|value| value == "enabled")
+    let said = |meta: &Meta| match meta.labels.get(ENROL_LABEL).map(String::as_str) {
+        Some("enabled") => Some(true),
+        Some("disabled") => Some(false),
+        _ => None,
+    };
+    let wanted = said(&pod.meta).or_else(|| said(namespace?.meta()));
+    !pod.spec.host_network && wanted.unwrap_or(false)
 }
 
-/// As the `Ready` condition says; without one, a pod that nobody probes is ready.
+/// As the `Ready` condition says; without one, a pod that nobody probes is ready. A pod that terminates is not.
 fn is_ready(spec: &PodSpec) -> bool {
-    spec.ready
-        .unwrap_or_else(|| spec.containers.iter().all(|container| container.readiness.is_none()))
+    let said = spec.ready;
+    !spec.terminating && said.unwrap_or_else(|| spec.running().all(|container| container.readiness.is_none()))
 }
 
-fn node_addresses(set: &DocumentSet, node: &str) -> Vec<IpAddr> {
+/// Its addresses and its zone.
+fn node_of(set: &DocumentSet, node: &str) -> (Vec<IpAddr>, Arc<str>) {
     match set.get(&DocumentKey::new(Kind::Node, "", node)) {
-        Some(Document::Node(node)) => node.spec.addresses.clone(),
-        _ => Vec::new(),
+        Some(Document::Node(node)) => {
+            let zone = node.meta.labels.get(ZONE_LABEL).map(|zone| zone.as_str().into());
+            (node.spec.addresses.clone(), zone.unwrap_or_default())
+        }
+        _ => (Vec::new(), Arc::default()),
     }
 }
 
@@ -81,16 +133,18 @@ fn excluded(meta: &Meta, annotation: &str) -> Vec<u16> {
         .unwrap_or_default()
 }
 
-/// `None` for a pod without an address: it cannot send or be sent to yet.
+/// `None` for a pod that has run to its end, and for one that is nowhere yet: without an address it is known only by its
+/// node and its UID, by which the node's agent finds it.
 fn workload(set: &DocumentSet, trust_domain: &TrustDomain, pod: &Object<PodSpec>) -> Option<Workload> {
     let (meta, spec) = (&pod.meta, &pod.spec);
-    if spec.addresses.is_empty() {
+    let is_somewhere = !spec.addresses.is_empty() || (spec.node.is_some() && !meta.uid.is_empty());
+    if spec.finished || !is_somewhere {
         return None;
     }
     let node = spec.node.as_deref().unwrap_or_default();
+    let (node_addresses, zone) = node_of(set, node);
     let ports = spec
-        .containers
-        .iter()
+        .running()
         .flat_map(|container| &container.ports)
         .map(|port| WorkloadPort {
             name: port.name.as_str().into(),
@@ -102,11 +156,14 @@ fn workload(set: &DocumentSet, trust_domain: &TrustDomain, pod: &Object<PodSpec>
             namespace: meta.namespace.clone(),
             name: meta.name.clone(),
         },
+        uid: meta.uid.clone(),
+        host_network: spec.host_network,
         app: first_label(meta, ["app.kubernetes.io/name", "app"]).unwrap_or_else(|| meta.name.clone()),
         version: first_label(meta, ["app.kubernetes.io/version", "version"]).unwrap_or_default(),
         identity: SpiffeId::workload(trust_domain, &meta.namespace, &spec.service_account).ok()?,
         node: node.into(),
-        node_addresses: node_addresses(set, node),
+        zone,
+        node_addresses,
         addresses: spec.addresses.clone(),
         labels: shared(&meta.labels),
         enrolled: is_enrolled(set, pod),
@@ -119,7 +176,7 @@ fn workload(set: &DocumentSet, trust_domain: &TrustDomain, pod: &Object<PodSpec>
     })
 }
 
-fn service(object: &Object<ServiceSpec>) -> Service {
+fn service(set: &DocumentSet, object: &Object<ServiceSpec>, slices: Option<&[&Object<EndpointSliceSpec>]>) -> Service {
     let (meta, spec) = (&object.meta, &object.spec);
     let ports = spec.ports.iter().map(|port| ServicePort {
         name: port.name.as_str().into(),
@@ -129,7 +186,9 @@ fn service(object: &Object<ServiceSpec>) -> Service {
             SpecPort::Name(name) => TargetPort::Name(name.as_str().into()),
         },
         protocol: port.protocol,
+        node_port: port.node_port,
     });
+    let slices = slices.filter(|_| spec.external_name.is_none());
     Service {
         name: ObjectName {
             namespace: meta.namespace.clone(),
@@ -139,5 +198,55 @@ fn service(object: &Object<ServiceSpec>) -> Service {
         ports: ports.collect(),
         selector: shared(&spec.selector),
         publish_not_ready: spec.publish_not_ready,
+        external_addresses: spec.external_addresses.clone(),
+        endpoints: slices.map(|slices| slices.iter().map(|slice| endpoint_group(set, slice)).collect()),
+        session_affinity: spec.session_affinity,
+        node_local: spec.node_local,
+    }
+}
+
+fn endpoint_group(set: &DocumentSet, slice: &Object<EndpointSliceSpec>) -> EndpointGroup {
+    let namespace = &slice.meta.namespace;
+    let ports = slice
+        .spec
+        .ports
+        .iter()
+        .map(|port| (port.name.as_str().into(), port.port));
+    let current = slice
+        .spec
+        .endpoints
+        .iter()
+        .filter(|endpoint| is_current(set, namespace, endpoint));
+    let texts = |names: &[String]| names.iter().map(|name| name.as_str().into()).collect();
+    let endpoints = current.filter_map(|endpoint| {
+        Some(ServiceEndpoint {
+            // They all mean the same endpoint: the first, as kube-proxy has it.
+            address: *endpoint.addresses.first()?,
+            workload: endpoint.pod.as_ref().map(|(name, _)| name.as_str().into()),
+            node: endpoint.node.as_str().into(),
+            ready: endpoint.ready,
+            draining: endpoint.serving && endpoint.terminating,
+            for_zones: texts(&endpoint.for_zones),
+            for_nodes: texts(&endpoint.for_nodes),
+        })
+    });
+    EndpointGroup {
+        ports: ports.collect(),
+        endpoints: endpoints.collect(),
+    }
+}
+
+/// Whether the pod that an endpoint names is there and is that very pod. Slices and pods come on streams of their own:
+/// an address may belong to another pod by now, and nothing may be sent to it in the name of the old one.
+fn is_current(set: &DocumentSet, namespace: &str, endpoint: &SliceEndpoint) -> bool {
+    let Some((name, uid)) = &endpoint.pod else {
+        return true;
+    };
+    match set.get(&DocumentKey::new(Kind::Pod, namespace, name)) {
+        Some(Document::Pod(pod)) => {
+            let known = &*pod.meta.uid;
+            !pod.spec.finished && (uid.is_empty() || known.is_empty() || uid == known)
+        }
+        _ => false,
     }
 }

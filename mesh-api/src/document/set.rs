@@ -88,7 +88,10 @@ impl DocumentSet {
 
     /// Those of one kind, ordered by namespace and name.
     pub fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &Document> {
-        self.iter().filter(move |document| document.kind() == kind)
+        let first = DocumentKey::new(kind, "", "");
+        let all = self.documents.range(first..);
+        all.map(|(_, document)| document)
+            .take_while(move |document| document.kind() == kind)
     }
 
     /// How many.

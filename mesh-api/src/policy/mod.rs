@@ -15,6 +15,7 @@ mod l4_route;
 mod l4_route_reader;
 mod mesh;
 mod rate_limit;
+mod reference_grant;
 #[cfg(feature = "schema")]
 pub mod schema;
 mod subset;
@@ -34,7 +35,9 @@ pub use mesh::{MeshPolicy, MtlsMode, MtlsSettings};
 pub use rate_limit::{
     Limit, LimitAlgorithm, LimitKeyField, LimitScope, RateLimit, RequestField, RequestRate, SourceField,
 };
+pub use reference_grant::{GrantFrom, GrantTo, ReferenceGrant};
 pub use subset::ServiceSubset;
+pub(crate) use target::guard_targets;
 pub use target::{PortRef, TargetRef};
 pub use traffic::{
     BalancerName, BreakerErrorRate, CircuitBreaker, LoadBalancer, RetryBudget, RetryCondition, RetryPolicy,

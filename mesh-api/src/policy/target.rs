@@ -143,6 +143,15 @@ pub(crate) fn target_refs(fields: &mut Fields, allowed: &Targets) -> Option<Vec<
     targets.into_iter().collect()
 }
 
+/// The `targetRefs` of a guard of which nothing else is read. `anywhere`: as in [`Targets`].
+pub(crate) fn guard_targets(fields: &mut Fields, anywhere: bool) -> Option<Vec<TargetRef>> {
+    let allowed = Targets {
+        workloads: true,
+        anywhere,
+    };
+    target_refs(fields, &allowed)
+}
+
 #[derive(Clone, Copy)]
 enum TargetKind {
     Mesh,

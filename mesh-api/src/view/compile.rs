@@ -13,9 +13,12 @@ use super::{
     settings::TrafficCompiler,
 };
 use crate::{
-    document::{Document, Resource, ResourceKey},
+    document::{Document, Resource, ResourceKey, Unreadable},
     identity::TrustDomain,
-    policy::{AccessPolicy, HttpRoute, MeshPolicy, RateLimit, ServiceSubset, TrafficPolicy},
+    policy::{
+        AccessPolicy, GrpcRoute, HttpRoute, MeshPolicy, RateLimit, ReferenceGrant, ServiceSubset, TcpRoute, TlsRoute,
+        TrafficPolicy,
+    },
     workload::{Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
 };
 
@@ -35,6 +38,12 @@ pub(super) struct Policies<'a> {
     pub access: Vec<Named<'a, AccessPolicy>>,
     pub limits: Vec<Named<'a, RateLimit>>,
     pub routes: Vec<Named<'a, HttpRoute>>,
+    pub grpc_routes: Vec<Named<'a, GrpcRoute>>,
+    pub tcp_routes: Vec<Named<'a, TcpRoute>>,
+    pub tls_routes: Vec<Named<'a, TlsRoute>>,
+    pub grants: Vec<Named<'a, ReferenceGrant>>,
+    /// Guards that cannot be read: they deny.
+    pub unreadable: Vec<Named<'a, Unreadable>>,
     pub subsets: Vec<Named<'a, ServiceSubset>>,
 }
 
@@ -49,7 +58,12 @@ pub(super) struct Served<'a> {
 /// Backends by key.
 pub(super) type Backends = HashMap<BackendKey, Arc<Backend>>;
 
-pub(super) fn compile(trust_domain: TrustDomain, revision: Revision, resources: &[Resource]) -> View {
+pub(super) fn compile(
+    trust_domain: TrustDomain,
+    revision: Revision,
+    resources: &[Resource],
+    _node: Option<&str>,
+) -> View {
     // By key, so that the order of the input cannot matter.
     let by_key: BTreeMap<ResourceKey, &Resource> = resources.iter().map(|r| (r.key(), r)).collect();
     let mut workloads: Vec<Arc<Workload>> = Vec::new();
@@ -101,43 +115,36 @@ impl<'a> Policies<'a> {
             namespace: meta.namespace.clone(),
             name: meta.name.clone(),
         };
+        macro_rules! push {
+            ($list:ident, $object:ident) => {
+                self.$list.push(Named {
+                    name,
+                    created: meta.created_unix,
+                    spec: &$object.spec,
+                })
+            };
+        }
         match document {
-            Document::MeshPolicy(object) => self.mesh.push(Named {
-                name,
-                created: meta.created_unix,
-                spec: &object.spec,
-            }),
-            Document::TrafficPolicy(object) => self.traffic.push(Named {
-                name,
-                created: meta.created_unix,
-                spec: &object.spec,
-            }),
-            Document::AccessPolicy(object) => self.access.push(Named {
-                name,
-                created: meta.created_unix,
-                spec: &object.spec,
-            }),
-            Document::RateLimit(object) => self.limits.push(Named {
-                name,
-                created: meta.created_unix,
-                spec: &object.spec,
-            }),
-            Document::HttpRoute(object) => self.routes.push(Named {
-                name,
-                created: meta.created_unix,
-                spec: &object.spec,
-            }),
-            Document::ServiceSubset(object) => self.subsets.push(Named {
-                name,
-                created: meta.created_unix,
-                spec: &object.spec,
-            }),
+            Document::MeshPolicy(object) => push!(mesh, object),
+            Document::TrafficPolicy(object) => push!(traffic, object),
+            Document::AccessPolicy(object) => push!(access, object),
+            Document::RateLimit(object) => push!(limits, object),
+            Document::HttpRoute(object) => push!(routes, object),
+            Document::GrpcRoute(object) => push!(grpc_routes, object),
+            Document::TcpRoute(object) => push!(tcp_routes, object),
+            Document::TlsRoute(object) => push!(tls_routes, object),
+            Document::ReferenceGrant(object) => push!(grants, object),
+            Document::ServiceSubset(object) => push!(subsets, object),
+            // Another kind than a guard is not there while it cannot be read.
+            Document::Unreadable(object) if object.spec.kind.is_guard() => push!(unreadable, object),
+            Document::Unreadable(_) => {}
             // Workloads and services come as such.
             Document::Namespace(_)
             | Document::Node(_)
             | Document::ServiceAccount(_)
             | Document::Pod(_)
-            | Document::Service(_) => {}
+            | Document::Service(_)
+            | Document::EndpointSlice(_) => {}
         }
     }
 }

@@ -13,6 +13,7 @@
 
 mod attach;
 mod compile;
+pub(crate) mod grants;
 mod inbound;
 mod routes;
 mod settings;
@@ -95,9 +96,16 @@ impl View {
         View::compile(trust_domain, Revision::default(), &[])
     }
 
-    /// The view of these resources; of two with one key the later counts.
+    /// The view of these resources; of two with one key the later counts. It is nobody's in particular: services have
+    /// all their endpoints.
     pub fn compile(trust_domain: TrustDomain, revision: Revision, resources: &[Resource]) -> View {
-        compile::compile(trust_domain, revision, resources)
+        compile::compile(trust_domain, revision, resources, None)
+    }
+
+    /// The view as the sources on that node see it: services that are node-local, or whose endpoints are meant for zones
+    /// or nodes, have the endpoints that they have there.
+    pub fn compile_on(node: &str, trust_domain: TrustDomain, revision: Revision, resources: &[Resource]) -> View {
+        compile::compile(trust_domain, revision, resources, Some(node))
     }
 
     /// The mesh's trust domain.

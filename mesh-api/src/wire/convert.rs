@@ -4,13 +4,20 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
+    time::Duration,
 };
 
 use super::{WireError, generated as pb};
 use crate::{
-    document::{Change, Document, DocumentKey, Kind, Meta, Problem, Resource, ResourceKey, policy_from_json},
+    document::{
+        Change, Document, DocumentKey, Kind, Meta, Problem, Resource, ResourceKey, policy_from_json,
+        unreadable_from_json,
+    },
     identity::SpiffeId,
-    workload::{AppProtocol, ObjectName, Service, ServicePort, TargetPort, Workload, WorkloadPort},
+    workload::{
+        AppProtocol, EndpointGroup, ObjectName, Service, ServiceEndpoint, ServicePort, TargetPort, Workload,
+        WorkloadPort,
+    },
 };
 
 /// The kind of a workload's key on the wire.
@@ -119,6 +126,9 @@ impl From<&Workload> for pb::Workload {
             probe_ports: numbers(&workload.probe_ports),
             exclude_inbound_ports: numbers(&workload.exclude_inbound_ports),
             exclude_outbound_ports: numbers(&workload.exclude_outbound_ports),
+            uid: workload.uid.to_string(),
+            host_network: workload.host_network,
+            zone: workload.zone.to_string(),
         }
     }
 }
@@ -155,6 +165,9 @@ impl TryFrom<pb::Workload> for Workload {
             probe_ports: ports(workload.probe_ports)?,
             exclude_inbound_ports: ports(workload.exclude_inbound_ports)?,
             exclude_outbound_ports: ports(workload.exclude_outbound_ports)?,
+            uid: workload.uid.into(),
+            host_network: workload.host_network,
+            zone: workload.zone.into(),
         })
     }
 }
@@ -177,11 +190,81 @@ impl From<&Service> for pb::Service {
                         TargetPort::Name(name) => Target::TargetName(name.to_string()),
                     }),
                     protocol: protocol_to_wire(port.protocol),
+                    node_port: port.node_port.unwrap_or_default().into(),
                 })
                 .collect(),
             selector: labels_to_text(&service.selector),
             publish_not_ready: service.publish_not_ready,
+            external_addresses: service.external_addresses.iter().map(address_to_bytes).collect(),
+            endpoint_groups: service
+                .endpoints
+                .iter()
+                .flatten()
+                .map(pb::EndpointGroup::from)
+                .collect(),
+            has_endpoint_groups: service.endpoints.is_some(),
+            session_affinity_seconds: service.session_affinity.map_or(0, |timeout| {
+                // Less than a second is a second: 0 would be none at all.
+                u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1)
+            }),
+            node_local: service.node_local,
         }
+    }
+}
+
+impl From<&EndpointGroup> for pb::EndpointGroup {
+    fn from(group: &EndpointGroup) -> pb::EndpointGroup {
+        let texts = |names: &[Arc<str>]| names.iter().map(ToString::to_string).collect();
+        let port = |(name, number): &(Arc<str>, u16)| pb::EndpointPort {
+            name: name.to_string(),
+            port: (*number).into(),
+        };
+        let endpoint = |endpoint: &ServiceEndpoint| pb::ServiceEndpoint {
+            address: address_to_bytes(&endpoint.address),
+            workload: endpoint.workload.as_deref().unwrap_or_default().to_owned(),
+            node: endpoint.node.to_string(),
+            ready: endpoint.ready,
+            draining: endpoint.draining,
+            for_zones: texts(&endpoint.for_zones),
+            for_nodes: texts(&endpoint.for_nodes),
+        };
+        pb::EndpointGroup {
+            ports: group.ports.iter().map(port).collect(),
+            endpoints: group.endpoints.iter().map(endpoint).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::EndpointGroup> for EndpointGroup {
+    type Error = WireError;
+
+    fn try_from(group: pb::EndpointGroup) -> Result<EndpointGroup, WireError> {
+        fn texts(names: Vec<String>) -> Vec<Arc<str>> {
+            names.into_iter().map(Into::into).collect()
+        }
+        let endpoint = |endpoint: pb::ServiceEndpoint| {
+            Ok(ServiceEndpoint {
+                address: address_from_bytes(endpoint.address)?,
+                workload: (!endpoint.workload.is_empty()).then(|| endpoint.workload.into()),
+                node: endpoint.node.into(),
+                ready: endpoint.ready,
+                draining: endpoint.draining,
+                for_zones: texts(endpoint.for_zones),
+                for_nodes: texts(endpoint.for_nodes),
+            })
+        };
+        let ports = group
+            .ports
+            .into_iter()
+            .map(|received| Ok((received.name.into(), port(received.port)?)));
+        Ok(EndpointGroup {
+            ports: ports.collect::<Result<_, WireError>>()?,
+            endpoints: group
+                .endpoints
+                .into_iter()
+                .map(endpoint)
+                .collect::<Result<_, WireError>>()?,
+        })
     }
 }
 
@@ -199,14 +282,22 @@ impl TryFrom<pb::Service> for Service {
                     Target::TargetName(name) => TargetPort::Name(name.into()),
                 },
                 protocol: protocol_from_wire(received.protocol)?,
+                node_port: (received.node_port > 0).then(|| port(received.node_port)).transpose()?,
             })
         });
+        let groups = service.endpoint_groups.into_iter().map(EndpointGroup::try_from);
+        let groups: Vec<EndpointGroup> = groups.collect::<Result<_, _>>()?;
+        let affinity = service.session_affinity_seconds;
         Ok(Service {
             name: ObjectName::new(&service.namespace, &service.name),
             addresses: addresses_from_bytes(service.addresses)?,
             ports: service_ports.collect::<Result<_, _>>()?,
             selector: labels_from_text(service.selector),
             publish_not_ready: service.publish_not_ready,
+            external_addresses: addresses_from_bytes(service.external_addresses)?,
+            endpoints: service.has_endpoint_groups.then_some(groups),
+            session_affinity: (affinity > 0).then(|| Duration::from_secs(affinity.into())),
+            node_local: service.node_local,
         })
     }
 }
@@ -222,6 +313,7 @@ impl From<&Document> for pb::PolicyDocument {
             generation: meta.generation,
             created_unix: meta.created_unix,
             spec_json: document.policy_spec().unwrap_or_default().to_string(),
+            unreadable: matches!(document, Document::Unreadable(_)),
         }
     }
 }
@@ -245,6 +337,9 @@ impl TryFrom<pb::PolicyDocument> for Document {
             created_unix: policy.created_unix,
             ..Meta::default()
         };
+        if policy.unreadable {
+            return Ok(unreadable_from_json(kind, meta, &spec));
+        }
         policy_from_json(kind, meta, &spec).map_err(|problems| {
             refused(
                 problems

@@ -29,6 +29,7 @@ fn backend(name: &str) -> Arc<Backend> {
         ports: Vec::new(),
         selector: Default::default(),
         publish_not_ready: false,
+        ..Service::default()
     };
     Arc::new(Backend {
         key: BackendKey {

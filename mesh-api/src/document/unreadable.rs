@@ -1,0 +1,112 @@
+//! Policies and routes that are there and cannot be read: whoever stores documents took them, the mesh does not.
+//!
+//! Such a document must never widen what is allowed. The last version that could be read goes on to hold; without one
+//! (the controller has just started), a guard denies: at its targets if they can be read, else in its whole namespace.
+//! A route without a version that can be read is not there, as the Gateway API has it: it is not accepted.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{Document, Kind, Problem};
+use crate::{
+    policy::{ParentRef, TargetRef, guard_targets},
+    read::{Decode, Field, Log, Node},
+};
+
+/// What is known of a document that cannot be read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unreadable {
+    /// What it would be.
+    pub kind: Kind,
+    /// Why it cannot be read, for people.
+    pub problems: Vec<Problem>,
+    /// A route's parents, as far as they can be read.
+    pub parents: Vec<ParentRef>,
+    /// Where a guard is taken to hold: its targets if all of them can be read, else its namespace.
+    pub targets: Vec<TargetRef>,
+    /// The last version that could be read; it goes on to hold.
+    pub last: Option<Arc<Document>>,
+}
+
+impl Unreadable {
+    /// From what a document's spec is, whatever it is.
+    pub(super) fn new(
+        kind: Kind,
+        namespace: &str,
+        spec: Option<&Value>,
+        problems: Vec<Problem>,
+        last: Option<&Document>,
+    ) -> Unreadable {
+        let last = match last {
+            Some(Document::Unreadable(before)) => before.spec.last.clone(),
+            Some(document) if document.kind() == kind => Some(Arc::new(document.clone())),
+            _ => None,
+        };
+        let node = Node::from_json(spec.unwrap_or(&Value::Null));
+        let own_namespace = TargetRef::Namespace {
+            name: namespace.to_owned(),
+        };
+        let targets = match kind.is_guard() {
+            true => targets(kind, &node, namespace).unwrap_or_else(|| vec![own_namespace]),
+            false => Vec::new(),
+        };
+        Unreadable {
+            kind,
+            problems,
+            parents: parents(&node),
+            targets,
+            last,
+        }
+    }
+
+    /// A guard that a peer says cannot be read, with the spec that [`Unreadable::spec_json`] made.
+    pub(super) fn from_peer(kind: Kind, namespace: &str, spec: &Value) -> Unreadable {
+        Unreadable::new(kind, namespace, Some(spec), Vec::new(), None)
+    }
+
+    /// Where it holds, as a spec.
+    pub(super) fn spec_json(&self) -> Value {
+        #[derive(Serialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Spec<'a> {
+            target_refs: &'a [TargetRef],
+        }
+        let spec = Spec {
+            target_refs: &self.targets,
+        };
+        serde_json::to_value(&spec).unwrap_or_else(|_| json!({}))
+    }
+
+    /// The reasons, on one line.
+    pub fn why(&self) -> String {
+        let one = |problem: &Problem| {
+            let problem = problem.to_string();
+            // The source is the document itself.
+            problem
+                .split_once(": ")
+                .map_or(problem.clone(), |(_, rest)| rest.to_owned())
+        };
+        let texts: Vec<String> = self.problems.iter().map(one).collect();
+        texts.join("; ")
+    }
+}
+
+/// The targets, if they can be read. Whether the policy may name them is looked at, too: what lies in another namespace
+/// is not denied by whoever may not say anything of it.
+fn targets(kind: Kind, spec: &Node, namespace: &str) -> Option<Vec<TargetRef>> {
+    let log = Log::new("");
+    let mut fields = Field::root(&log, spec, Some(namespace)).fields_if_map()?;
+    let targets = guard_targets(&mut fields, kind == Kind::MeshPolicy)?;
+    (log.len() == 0).then_some(targets)
+}
+
+/// The parents, each that can be read.
+fn parents(spec: &Node) -> Vec<ParentRef> {
+    let log = Log::new("");
+    let fields = Field::root(&log, spec, None).fields_if_map();
+    let items = fields.and_then(|mut fields| fields.get("parentRefs"));
+    let items = items.and_then(|field| field.items(32)).unwrap_or_default();
+    items.iter().filter_map(ParentRef::decode).collect()
+}
