@@ -28,6 +28,7 @@
 pub mod actors;
 pub mod cgroup;
 pub mod checks;
+pub mod cluster;
 pub mod hosts;
 pub mod kube;
 pub mod kubelet;
@@ -44,6 +45,7 @@ pub mod state;
 pub mod wait;
 
 pub use checks::Checks;
+pub use cluster::{Cluster, Scope};
 pub use lab::{Capture, Lab, LabConfig, Place};
 pub use metrics::Metrics;
 pub use pcap::Packets;

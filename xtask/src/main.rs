@@ -5,9 +5,12 @@
 
 mod bench;
 mod build;
+mod conform;
 mod demo;
 mod fuzz;
 mod generate;
+mod image;
+mod kube;
 mod lab;
 mod setup;
 mod shell;
@@ -40,6 +43,10 @@ enum Verb {
     Test(test::Options),
     /// A mesh on one machine: nodes and pods as network namespaces.
     Lab(lab::Options),
+    /// A real Kubernetes on this machine, and the Gateway API's conformance suite.
+    Kube(kube::Options),
+    /// Writes OCI images of the agent and the controller, without docker.
+    Image(image::Options),
     /// Compares the mesh with direct connections: latency, rates, bandwidth, CPU, memory.
     Bench(bench::Options),
     /// Checks the house rules: ranks, dependency directions, generated files, tests, licenses.
@@ -73,6 +80,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Demo(options) => demo::run(&options),
         Verb::Test(options) => test::run(&options),
         Verb::Lab(options) => lab::run(options),
+        Verb::Kube(options) => kube::run(options),
+        Verb::Image(options) => image::run(&options),
         Verb::Bench(options) => bench::run(&options),
         Verb::Tidy(options) => tidy::run(&options),
         Verb::Gen => tidy::generate(),

@@ -35,6 +35,14 @@ const LAB: &[&str] = &[
     "tcpdump",
     "util-linux",
 ];
+/// For the cluster: what a node of Kubernetes runs beside Kubernetes.
+const KUBE: &[&str] = &[
+    "conntrack",
+    "containerd",
+    "containernetworking-plugins",
+    "iptables",
+    "runc",
+];
 const LINKER: &str = "bpf-linker";
 const LINKER_VERSION: &str = "0.13.0";
 const LLVM_BIN: &str = "/usr/lib/llvm-22/bin";
@@ -74,12 +82,14 @@ fn missing_packages() -> Vec<&'static str> {
     BUILD
         .iter()
         .chain(LAB)
+        .chain(KUBE)
         .copied()
         .filter(|package| !installed(package))
         .collect()
 }
 
-fn install(packages: &[&str]) -> Result<()> {
+/// Installs packages of the system.
+pub fn install(packages: &[&str]) -> Result<()> {
     ensure!(
         Path::new("/usr/bin/apt-get").exists(),
         "missing: {}. This machine has no apt-get: install their equals by hand.",

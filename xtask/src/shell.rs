@@ -117,6 +117,8 @@ pub fn again_as_root() -> Result<Option<ExitCode>> {
         "CARGO_HOME",
         "RUSTUP_HOME",
         "NODEMESH_PROGRAMS",
+        "NODEMESH_KUBE",
+        "NODEMESH_KUBE_CACHE",
         "RUST_BACKTRACE",
     ] {
         if let Some(value) = env::var_os(name) {

@@ -1,0 +1,3 @@
+module nodemesh/pause
+
+go 1.22
