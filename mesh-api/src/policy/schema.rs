@@ -48,6 +48,24 @@ pub(super) fn some_time(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+/// `on` is a boolean to readers of YAML 1.1, kubectl among them; `retryOn` is the same list.
+pub(super) fn retry_on(schema: &mut Schema) {
+    let Some(on) = schema.pointer("/properties/on").cloned() else {
+        return;
+    };
+    if let Some(Value::Array(required)) = schema.get_mut("required") {
+        required.retain(|name| name != "on");
+    }
+    if let Some(Value::Object(properties)) = schema.get_mut("properties") {
+        properties.insert("retryOn".to_owned(), on);
+    }
+    let message = "expected retryOn, or on in quotes (without them YAML takes it for a boolean), and not both";
+    schema.insert(
+        "x-kubernetes-validations".to_owned(),
+        rule("has(self.on) != has(self.retryOn)", message),
+    );
+}
+
 pub(super) fn labels(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
@@ -130,10 +148,6 @@ inline!(PathMatch, {
         {
             "rule": "self.type == 'RegularExpression' || self.value.startsWith('/')",
             "message": "value does not start with '/': expected an absolute path",
-        },
-        {
-            "rule": "self.type == 'RegularExpression' || !self.value.matches('//|/[.]/|/[.][.]/|/[.][.]?$|[#?]|%2[fF]')",
-            "message": "value is no plain path: expected no empty or dot elements, no escaped slash, no query, no fragment",
         },
     ],
 });

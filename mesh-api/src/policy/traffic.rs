@@ -89,13 +89,14 @@ pub struct TrafficTimeouts {
 /// Whether and when a request is tried again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(transform = super::schema::retry_on))]
 #[serde(rename_all = "camelCase")]
 pub struct RetryPolicy {
     /// Additional tries at most, 1 to 10.
     #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 10)))]
     pub attempts: u32,
-    /// What makes a try count as failed; at least one.
-    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "set")))]
+    /// What makes a try count as failed; at least one. Also written `retryOn`.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 32)))]
     pub on: Vec<RetryCondition>,
     /// The limit of one try; `None`: the request's own.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -292,9 +293,17 @@ impl Decode for RetryPolicy {
         let attempts = fields
             .need("attempts", &format!("a number from 1 to {ATTEMPTS_MAX}"))
             .and_then(|f| f.integer(1..=ATTEMPTS_MAX));
-        let on = fields
-            .need("on", "at least one condition")
-            .and_then(|f| retry_conditions(&f));
+        // An unquoted `on` is a boolean to readers of YAML 1.1, kubectl among them: `retryOn` is the same list.
+        let on = match (fields.get("on"), fields.get("retryOn")) {
+            (None, None) => fields
+                .need("retryOn", "at least one condition")
+                .and_then(|f| retry_conditions(&f)),
+            (Some(on), None) | (None, Some(on)) => retry_conditions(&on),
+            (Some(_), Some(twice)) => {
+                twice.refuse("is the same as on, which is there too", "one of them");
+                None
+            }
+        };
         let per_try_timeout = fields.read("perTryTimeout", check::some_time);
         let budget = fields.read("budget", RetryBudget::decode);
         fields.finish();
