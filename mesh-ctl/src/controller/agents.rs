@@ -187,6 +187,15 @@ impl Agents {
         all.into_values().collect()
     }
 
+    /// How many agents are connected, and how many of them hold less than `revision`.
+    pub fn count(&self, revision: Revision) -> (usize, usize) {
+        let state = self.state.lock();
+        let connected = state.agents.values().filter(|agent| agent.session != 0);
+        connected.fold((0, 0), |(all, behind), agent| {
+            (all + 1, behind + usize::from(agent.held < revision))
+        })
+    }
+
     /// How far `revision` has come among the connected agents.
     pub fn progress(&self, revision: Revision) -> Progress {
         let state = self.state.lock();

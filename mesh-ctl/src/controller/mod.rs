@@ -110,11 +110,13 @@ fn log_to_stderr(format: LogFormat) {
 }
 
 fn serving_names(config: &ControllerConfig, bound: SocketAddr) -> Vec<String> {
+    let service = format!("nodemesh-controller.{}", config.cluster.system_namespace);
     let mut names = vec![
         "localhost".to_owned(),
         "nodemesh-controller".to_owned(),
-        "nodemesh-controller.nodemesh-system".to_owned(),
-        "nodemesh-controller.nodemesh-system.svc".to_owned(),
+        format!("{service}.svc"),
+        format!("{service}.svc.cluster.local"),
+        service,
         IpAddr::from([127, 0, 0, 1]).to_string(),
         "::1".to_owned(),
     ];

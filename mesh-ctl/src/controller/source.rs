@@ -187,6 +187,21 @@ impl Compiled {
         }
     }
 
+    /// The same under another number.
+    pub fn numbered(self, revision: Revision) -> Compiled {
+        Compiled { revision, ..self }
+    }
+
+    /// Whether both have the same resources, the one having been compiled with the other before it.
+    pub fn same_resources(&self, before: &Compiled) -> bool {
+        self.resources.len() == before.resources.len()
+            && self
+                .resources
+                .iter()
+                .zip(before.resources.iter())
+                .all(|((key, new), (old_key, old))| key == old_key && Arc::ptr_eq(new, old))
+    }
+
     /// Whether a workload with that identity runs on that node.
     pub fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
         self.identities.get(node).is_some_and(|all| all.contains(identity))

@@ -128,15 +128,21 @@ impl Tls {
         self.config.read().1
     }
 
+    /// Makes the serving certificate anew, and trusts the authority's present roots. A failure leaves all as it was.
+    pub fn reload(&self, authority: &dyn Authority) -> Result<(), TlsError> {
+        let (config, expires) = config(authority, &self.names, SystemTime::now())?;
+        *self.config.write() = (Arc::new(config), expires);
+        Ok(())
+    }
+
     /// Renews the serving certificate at half its life, for ever. A failure leaves the present one in place.
     pub async fn renew(self: Arc<Self>, authority: Arc<dyn Authority>) {
         loop {
             let left = self.expires().duration_since(SystemTime::now()).unwrap_or_default();
             // The floor bounds the retries when the authority fails at the end.
             tokio::time::sleep((left / 2).max(Duration::from_secs(10))).await;
-            match config(&*authority, &self.names, SystemTime::now()) {
-                Ok((config, expires)) => *self.config.write() = (Arc::new(config), expires),
-                Err(error) => tracing::error!(%error, "the serving certificate was not renewed"),
+            if let Err(error) = self.reload(&*authority) {
+                tracing::error!(%error, "the serving certificate was not renewed");
             }
         }
     }
