@@ -16,7 +16,12 @@ const _: () = {
     assert!(size_of::<SocketView>() == 40 && align_of::<SocketView>() == 4);
     assert!(offset_of!(SocketView, local) == 20 && offset_of!(SocketView, role) == 36);
     assert!(size_of::<PortSet>() == 64 && align_of::<PortSet>() == 2);
-    assert!(size_of::<Config>() == 144 && align_of::<Config>() == 4 && offset_of!(Config, node) == 16);
+    assert!(
+        size_of::<Config>() == 272
+            && align_of::<Config>() == 4
+            && offset_of!(Config, guard) == 12
+            && offset_of!(Config, node) == 16
+    );
     assert!(size_of::<PodEntry>() == 168 && align_of::<PodEntry>() == 4);
     assert!(offset_of!(PodEntry, addresses) == 40 && offset_of!(PodEntry, exclude_outbound) == 104);
     assert!(size_of::<SteerEntry>() == 136 && align_of::<SteerEntry>() == 8);

@@ -10,6 +10,7 @@
 mod addr;
 pub mod capture;
 mod flow;
+pub mod guard;
 mod layout;
 mod pod;
 mod reason;
@@ -18,18 +19,18 @@ pub mod steer;
 pub use addr::{Addr, Endpoint};
 pub use flow::{FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, SocketView};
 pub use pod::{
-    Config, FAIL_PASS, FAIL_REFUSE, NODE_ADDRESSES_MAX, POD_ADDRESSES_MAX, PORTS_MAX, PodEntry, PortSet, SteerEntry,
-    TooManyPorts,
+    Config, FAIL_PASS, FAIL_REFUSE, GUARD_OFF, GUARD_REFUSE, NODE_ADDRESSES_MAX, POD_ADDRESSES_MAX, PORTS_MAX,
+    PodEntry, PortSet, SteerEntry, TooManyPorts,
 };
 pub use reason::{REASONS, Reason};
 
 /// The version of everything in this crate that both sides must agree on. It names the pin directory's suffix and a
 /// symbol in the kernel object; raise it with any change of a map's key, value or meaning.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// The symbol in the kernel object that carries [`ABI_VERSION`] in its name: an object of another version lacks it
 /// and is refused at load.
-pub const ABI_SYMBOL: &str = "MESH_ABI_1";
+pub const ABI_SYMBOL: &str = "MESH_ABI_2";
 
 /// The mark on the agent's own sockets (`SO_MARK`).
 pub const AGENT_MARK: u32 = 0x539;
@@ -61,10 +62,20 @@ pub mod maps {
     /// `Reason` -> count per CPU.
     pub const REASONS: &str = "REASONS";
 
+    /// cgroup id -> 1: the cgroups below which every network namespace must be known.
+    pub const GUARDED: &str = "GUARDED";
+    /// netns cookie -> 1: namespaces that the agent has looked at and that are not enrolled.
+    pub const KNOWN: &str = "KNOWN";
+    /// netns cookie -> cgroup id of a process that was refused because its namespace is not known.
+    pub const STRANGERS: &str = "STRANGERS";
+
     /// Every map.
-    pub const ALL: [&str; 9] = [
+    pub const ALL: [&str; 12] = [
         CONFIG,
         AGENTS,
+        GUARDED,
+        KNOWN,
+        STRANGERS,
         PODS,
         STEER,
         LISTENERS,
@@ -76,6 +87,12 @@ pub mod maps {
 
     /// Agent generations that may run side by side during an upgrade.
     pub const AGENTS_MAX: u32 = 8;
+    /// Cgroups that hold all pods' processes: a kubelet has one.
+    pub const GUARDED_MAX: u32 = 8;
+    /// Network namespaces that are known and not enrolled.
+    pub const KNOWN_MAX: u32 = 8192;
+    /// Network namespaces whose refusal the agent has not looked at; the oldest go first.
+    pub const STRANGERS_MAX: u32 = 1024;
     /// Pods on a node.
     pub const PODS_MAX: u32 = 4096;
     /// Pod addresses on a node.

@@ -7,12 +7,17 @@ pub const PORTS_MAX: usize = 32;
 /// Addresses of one pod.
 pub const POD_ADDRESSES_MAX: usize = 4;
 /// Addresses of the node from which its kubelet probes.
-pub const NODE_ADDRESSES_MAX: usize = 8;
+pub const NODE_ADDRESSES_MAX: usize = 16;
 
 /// [`Config::fail_mode`]: while no agent listens, connections are refused.
 pub const FAIL_REFUSE: u32 = 0;
 /// [`Config::fail_mode`]: while no agent listens, connections go on as if there were no mesh.
 pub const FAIL_PASS: u32 = 1;
+
+/// [`Config::guard`]: a namespace that is not enrolled is left alone.
+pub const GUARD_OFF: u32 = 0;
+/// [`Config::guard`]: below a guarded cgroup, a namespace that is neither enrolled nor known is refused.
+pub const GUARD_REFUSE: u32 = 1;
 
 /// A small set of ports in host byte order; 0 marks an empty place.
 #[repr(C)]
@@ -36,8 +41,8 @@ pub struct Config {
     pub fail_mode: u32,
     /// Not 0: debug builds of the programs log what they do.
     pub debug: u32,
-    /// Zero.
-    pub pad: u32,
+    /// [`GUARD_OFF`] or [`GUARD_REFUSE`].
+    pub guard: u32,
     /// The node's own addresses; [`Addr::NONE`] marks an empty place.
     pub node: [Addr; NODE_ADDRESSES_MAX],
 }

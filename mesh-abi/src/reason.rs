@@ -74,6 +74,8 @@ reasons! {
     InboundUnknownAddress = 18, "inbound-unknown-address", refuse;
     /// Bookkeeping: the source could not be kept for `getpeername`, which will show the pod's address.
     PeerNotWritten = 19, "peer-not-written", note;
+    /// Outbound: a pod that the agent has not looked at yet, or cannot tell whose it is.
+    OutboundUnclassified = 20, "outbound-unclassified", refuse;
 }
 
 #[cfg(test)]

@@ -352,7 +352,7 @@ proptest! {
         is_known in any::<bool>(),
     ) {
         let mut config = config(FAIL_REFUSE);
-        config.node = [Addr::NONE; 8];
+        config.node = [Addr::NONE; mesh_abi::NODE_ADDRESSES_MAX];
         for (place, ip) in config.node.iter_mut().zip(&node) {
             *place = (*ip).into();
         }

@@ -3,6 +3,7 @@
 //! | situation | answer |
 //! | --- | --- |
 //! | network namespace not enrolled (map miss) | untouched |
+//! | the same, in a guarded cgroup and not known either | `ECONNREFUSED`, except to loopback |
 //! | loopback, the pod's own address, excluded port, the agent's own socket | passes as asked |
 //! | no agent listener of that family, or bound to a device that it cannot be taken off | `ENETUNREACH` |
 //! | the original destination cannot be kept (no memory) | `ENOBUFS` |
@@ -31,6 +32,7 @@ use crate::{
         forget_socket_view, keep_socket_view, netns_cookie, set_user4, set_user6, user_address4, user_address6,
         user_port, word,
     },
+    guard,
     maps::{AGENTS, PODS, config, count},
 };
 
@@ -85,13 +87,20 @@ fn judge(ctx: &SockAddrContext, destination: Endpoint) -> Answer {
     let raw = ctx.sock_addr;
     let cookie = netns_cookie(raw);
     // SAFETY: the entry is read only; an update replaces it as a whole, and it outlives the program.
-    let Some(pod) = (unsafe { PODS.get(&cookie) }) else {
-        return Answer::Allow;
+    let pod = unsafe { PODS.get(&cookie) };
+    // SAFETY: a field of the context.
+    let is_tcp = unsafe { word(&raw const (*raw).protocol) } == IPPROTO_TCP;
+    let Some(pod) = pod else {
+        return if is_tcp && !destination.addr.is_loopback() && guard::is_stranger(cookie) && !is_agent_socket(raw) {
+            guard::tell(cookie);
+            refuse(Reason::OutboundUnclassified)
+        } else {
+            Answer::Allow
+        };
     };
     let flow = Flow {
         destination,
-        // SAFETY: a field of the context.
-        is_tcp: unsafe { word(&raw const (*raw).protocol) } == IPPROTO_TCP,
+        is_tcp,
         is_agent_socket: is_agent_socket(raw),
     };
     match capture::decide(Some(pod), &flow) {

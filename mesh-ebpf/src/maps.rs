@@ -11,7 +11,7 @@ use mesh_abi::{ABI_VERSION, Addr, Config, Endpoint, FlowKey, PodEntry, REASONS, 
 
 /// The contract's version, in the symbol's name: user space insists on finding it.
 #[unsafe(no_mangle)]
-pub static MESH_ABI_1: Global<u32> = Global::new(ABI_VERSION);
+pub static MESH_ABI_2: Global<u32> = Global::new(ABI_VERSION);
 
 /// The node's settings. One entry, written by the agent at start.
 #[map]
@@ -20,6 +20,19 @@ pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 /// cgroup ids of living agents. Written by each agent at start, the oldest goes when it is full.
 #[map]
 pub static AGENTS: HashMap<u64, u64> = HashMap::with_max_entries(maps::AGENTS_MAX, 0);
+
+/// The cgroups below which every network namespace must be known. Written by the agent at start.
+#[map]
+pub static GUARDED: HashMap<u64, u64> = HashMap::with_max_entries(maps::GUARDED_MAX, 0);
+
+/// Network namespaces that are not enrolled, by cookie. Written when the agent has looked at one, deleted when it is
+/// gone.
+#[map]
+pub static KNOWN: HashMap<u64, u64> = HashMap::with_max_entries(maps::KNOWN_MAX, BPF_F_NO_PREALLOC);
+
+/// Namespaces that were refused because they are not known, and a cgroup id of theirs, until the agent takes them.
+#[map]
+pub static STRANGERS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(maps::STRANGERS_MAX, 0);
 
 /// Enrolled pods by netns cookie. Written at enrolment, deleted at retirement, swept at the agent's start.
 #[map]
@@ -65,7 +78,7 @@ pub fn count(reason: Reason) {
 /// The node's settings; `None` cannot happen with an array's only entry, but the verifier wants the question asked.
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
-    if MESH_ABI_1.load() != ABI_VERSION {
+    if MESH_ABI_2.load() != ABI_VERSION {
         return None;
     }
     CONFIG.get(0)

@@ -1,14 +1,15 @@
 //! `cgroup/sock_create`: in an enrolled pod, no MPTCP.
 //!
 //! An MPTCP socket's connect does not run the connect hooks, so it would go around the mesh. It is refused with
-//! `EPROTONOSUPPORT`, upon which applications fall back to TCP as they do on a kernel without it. Any other protocol,
-//! and a namespace that is not enrolled, is untouched.
+//! `EPROTONOSUPPORT`, upon which applications fall back to TCP as they do on a kernel without it. The same in a pod that
+//! is not known yet. Any other protocol, and a namespace that is not enrolled, is untouched.
 
 use aya_ebpf::{helpers::generated::bpf_set_retval, macros::cgroup_sock, programs::SockContext};
 use mesh_abi::{Reason, capture};
 
 use crate::{
     context::{netns_cookie, word},
+    guard,
     maps::{PODS, count},
 };
 
@@ -22,8 +23,9 @@ pub fn check_protocol(ctx: SockContext) -> i32 {
     if unsafe { word(&raw const (*ctx.sock).protocol) } != IPPROTO_MPTCP {
         return ALLOW;
     }
+    let cookie = netns_cookie(ctx.sock);
     // SAFETY: the map entry is only tested for.
-    if unsafe { PODS.get(&netns_cookie(ctx.sock)) }.is_none() {
+    if unsafe { PODS.get(&cookie) }.is_none() && !guard::is_stranger(cookie) {
         return ALLOW;
     }
     // SAFETY: sets the running program's return value.

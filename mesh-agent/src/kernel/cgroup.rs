@@ -4,12 +4,15 @@
 //! CAP_NET_ADMIN, but it is not in the agent's cgroup. (Process ids would not do: pid namespaces renumber them.)
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     fs, io,
     mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
-    path::{Path, PathBuf},
+    os::{
+        fd::AsRawFd,
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
+    path::{Component, Path, PathBuf},
     ptr,
 };
 
@@ -59,11 +62,19 @@ fn none(path: &str, what: &str) -> KernelError {
 /// The root of the cgroup2 hierarchy, as far as this process sees it.
 pub fn cgroup2_root() -> Result<PathBuf, KernelError> {
     let mounts = cgroup2_mounts(&read(Path::new("/proc/self/mountinfo"))?);
-    mounts
-        .into_iter()
-        .next()
-        .map(|(point, _)| point)
-        .ok_or_else(|| none("/proc/self/mountinfo", "no cgroup2 file system is mounted"))
+    highest(&mounts).ok_or_else(|| none("/proc/self/mountinfo", "no cgroup2 file system is mounted"))
+}
+
+/// The mount whose root is nearest to the hierarchy's: in a container, the host's mount and not its own. Of several
+/// at one point the last one is seen.
+fn highest(mounts: &[(PathBuf, PathBuf)]) -> Option<PathBuf> {
+    let rank = |root: &Path| {
+        let up = root.components().filter(|part| *part == Component::ParentDir).count();
+        let down = root.components().count() - up;
+        (up, std::cmp::Reverse(down))
+    };
+    let best = mounts.iter().max_by_key(|(_, root)| rank(root));
+    best.map(|(point, _)| point.clone())
 }
 
 /// Where a process whose line in `/proc/<pid>/cgroup` names `own` is to be found below the mounts.
@@ -76,17 +87,50 @@ fn places(mounts: &[(PathBuf, PathBuf)], own: &str) -> Vec<PathBuf> {
 }
 
 /// The id of the cgroup2 that this process is in.
+///
+/// In a cgroup namespace of its own, a container does not see its place in the host's mount; then it is looked for
+/// from the first process's namespace, which is the host's for a container with the host's processes.
 pub fn own_cgroup_id() -> Result<u64, KernelError> {
-    let text = read(Path::new("/proc/self/cgroup"))?;
+    match own_cgroup_id_here() {
+        Ok(id) => Ok(id),
+        Err(error) => {
+            let thread = std::thread::spawn(|| {
+                enter_cgroup_namespace(Path::new("/proc/1/ns/cgroup")).ok()?;
+                own_cgroup_id_here().ok()
+            });
+            thread.join().ok().flatten().ok_or(error)
+        }
+    }
+}
+
+fn own_cgroup_id_here() -> Result<u64, KernelError> {
+    let text = read(Path::new("/proc/thread-self/cgroup"))?;
     let own = text
         .lines()
         .find_map(|line| line.strip_prefix("0::"))
         .ok_or_else(|| none("/proc/self/cgroup", "this process is in no cgroup2"))?;
-    let mounts = cgroup2_mounts(&read(Path::new("/proc/self/mountinfo"))?);
+    let mounts = cgroup2_mounts(&read(Path::new("/proc/thread-self/mountinfo"))?);
     places(&mounts, own)
         .iter()
+        // One mount may cover another: only where this process is listed, it is.
+        .filter(|place| lists_this_process(place))
         .find_map(|place| cgroup_id(place).ok())
         .ok_or_else(|| none(own, "this process's cgroup2 is below no mount of the hierarchy"))
+}
+
+fn lists_this_process(cgroup: &Path) -> bool {
+    let own = std::process::id();
+    fs::read_to_string(cgroup.join("cgroup.procs")).is_ok_and(|list| list.lines().any(|line| line.parse() == Ok(own)))
+}
+
+/// Takes the calling thread into another cgroup namespace, for good.
+fn enter_cgroup_namespace(path: &Path) -> io::Result<()> {
+    let namespace = fs::File::open(path)?;
+    // SAFETY: a system call on a descriptor that is open; it changes the calling thread only.
+    match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWCGROUP) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The node's addresses, from the interfaces of the calling process's network namespace: without loopback and
@@ -102,6 +146,11 @@ pub fn node_addresses() -> io::Result<Vec<IpAddr>> {
     // SAFETY: the list is the kernel's, ends with a null pointer, and is freed only below.
     while let Some(entry) = unsafe { next.as_ref() } {
         next = entry.ifa_next;
+        // kube-proxy keeps the addresses of all Services on an interface, in one of its modes: nobody calls from there.
+        // SAFETY: `ifa_name` is a C string of the list.
+        if unsafe { CStr::from_ptr(entry.ifa_name) } == c"kube-ipvs0" {
+            continue;
+        }
         // SAFETY: `ifa_addr` is null or points to an address of the family that it names.
         let Some(ip) = (unsafe { ip_of(entry.ifa_addr) }) else {
             continue;
@@ -185,7 +234,7 @@ pub fn ensure_pin_dir(pin_dir: &Path) -> Result<(), KernelError> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::{cgroup2_mounts, places};
+    use super::{cgroup2_mounts, highest, places};
 
     const HYBRID: &str = "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
 40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,name=systemd
@@ -205,6 +254,28 @@ mod tests {
         for (mountinfo, own, expected) in cases {
             let expected: Vec<PathBuf> = expected.into_iter().map(PathBuf::from).collect();
             assert_eq!(places(&cgroup2_mounts(mountinfo), own), expected, "{own}");
+        }
+    }
+
+    #[test]
+    fn the_hosts_mount_is_told_from_the_containers_own() {
+        let covered = "700 600 0:26 / /sys/fs/cgroup ro - cgroup2 cgroup rw
+701 600 0:26 /../../.. /sys/fs/cgroup rw - cgroup2 cgroup rw";
+        let shared = "700 600 0:26 /kubepods/pod1/c /sys/fs/cgroup ro - cgroup2 cgroup rw
+701 600 0:26 / /host/cgroup rw - cgroup2 cgroup rw";
+        let cases = [
+            (HYBRID, Some("/sys/fs/cgroup/unified")),
+            (CONTAINER, Some("/host/sys/fs/cgroup")),
+            (covered, Some("/sys/fs/cgroup")),
+            (shared, Some("/host/cgroup")),
+            ("", None),
+        ];
+        for (mountinfo, expected) in cases {
+            assert_eq!(
+                highest(&cgroup2_mounts(mountinfo)),
+                expected.map(PathBuf::from),
+                "{mountinfo}"
+            );
         }
     }
 }

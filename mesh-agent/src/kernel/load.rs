@@ -58,7 +58,9 @@ pub fn attach(config: &KernelConfig, entry: &Config) -> Result<Kernel, KernelErr
 
     let mut ebpf = load_object(pin_dir, config.debug)?;
     let maps = Arc::new(open_maps(&ebpf)?);
-    maps.config.set(&0, entry)?;
+    // What an earlier agent guards stays guarded: this one does not know the pods yet.
+    let guard = maps.config.get(&0)?.unwrap_or_default().guard;
+    maps.config.set(&0, &Config { guard, ..*entry })?;
     announce(&maps, alone)?;
 
     let steer_program = load_program(&mut ebpf, programs::SK_LOOKUP)?;
@@ -178,6 +180,9 @@ fn open_maps(ebpf: &Ebpf) -> Result<Maps, KernelError> {
     Ok(Maps {
         config: Map::new(map_fd(ebpf, names::CONFIG)?, names::CONFIG, 1),
         agents: Map::new(map_fd(ebpf, names::AGENTS)?, names::AGENTS, names::AGENTS_MAX),
+        guarded: Map::new(map_fd(ebpf, names::GUARDED)?, names::GUARDED, names::GUARDED_MAX),
+        known: Map::new(map_fd(ebpf, names::KNOWN)?, names::KNOWN, names::KNOWN_MAX),
+        strangers: Map::new(map_fd(ebpf, names::STRANGERS)?, names::STRANGERS, names::STRANGERS_MAX),
         pods: Map::new(map_fd(ebpf, names::PODS)?, names::PODS, names::PODS_MAX),
         steer: Map::new(map_fd(ebpf, names::STEER)?, names::STEER, names::STEER_MAX),
         listeners: Listeners::new(map_fd(ebpf, names::LISTENERS)?),

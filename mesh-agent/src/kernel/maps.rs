@@ -23,6 +23,9 @@ pub struct Map<K, V> {
 pub struct Maps {
     pub config: Map<u32, Config>,
     pub agents: Map<u64, u64>,
+    pub guarded: Map<u64, u64>,
+    pub known: Map<u64, u64>,
+    pub strangers: Map<u64, u64>,
     pub pods: Map<u64, PodEntry>,
     pub steer: Map<Addr, SteerEntry>,
     pub listeners: Listeners,
@@ -125,6 +128,8 @@ impl Maps {
     pub fn gauges(&self) -> Vec<MapGauge> {
         let gauges = [
             self.agents.gauge(),
+            self.known.gauge(),
+            self.strangers.gauge(),
             self.pods.gauge(),
             self.steer.gauge(),
             self.listeners.0.gauge(),

@@ -7,6 +7,7 @@
 //! All methods take `&self`, are cheap system calls and may be called from any thread. Nothing here knows policy.
 
 mod cgroup;
+mod guard;
 mod links;
 mod load;
 pub mod log;
@@ -24,12 +25,13 @@ use std::{
 
 use aya_log::EbpfLogger;
 use mesh_abi::{
-    ABI_VERSION, Addr, Config, Endpoint, FAIL_PASS, FAIL_REFUSE, FlowKey, NODE_ADDRESSES_MAX, POD_ADDRESSES_MAX,
-    PodEntry, PortSet, Reason, SteerEntry,
+    ABI_VERSION, Addr, Config, Endpoint, FAIL_PASS, FAIL_REFUSE, FlowKey, GUARD_OFF, NODE_ADDRESSES_MAX,
+    POD_ADDRESSES_MAX, PodEntry, PortSet, Reason, SteerEntry,
 };
 use parking_lot::Mutex;
 
 pub use cgroup::{cgroup2_root, node_addresses};
+pub use guard::Stranger;
 use links::steer_pin;
 use maps::Maps;
 
@@ -460,7 +462,7 @@ fn config_entry(config: &KernelConfig) -> Result<Config, KernelError> {
             FailMode::Pass => FAIL_PASS,
         },
         debug: config.debug.into(),
-        pad: 0,
+        guard: GUARD_OFF,
         node,
     })
 }

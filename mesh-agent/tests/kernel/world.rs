@@ -337,19 +337,39 @@ impl Cgroup {
         Cgroup(path)
     }
 
+    /// A cgroup in it.
+    pub fn child(&self, name: &str) -> Cgroup {
+        let path = self.0.join(name);
+        fs::create_dir(&path).unwrap();
+        Cgroup(path)
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Runs a Python program in it, in a network namespace.
-    pub fn run(&self, netns: &Path, program: &str) -> Program {
+    fn command(&self, netns: &Path, program: &str) -> Command {
         let enter = format!(
             "echo $$ > {}/cgroup.procs && exec nsenter --net={} python3 -c \"$1\"",
             self.0.display(),
             netns.display()
         );
-        Program(spawn(Command::new("sh").args(["-c", &enter, "sh", program])).unwrap())
+        let mut command = Command::new("sh");
+        command.args(["-c", &enter, "sh", program]);
+        command
+    }
+
+    /// Runs a Python program in it, in a network namespace, to its end; returns what it printed.
+    pub fn output(&self, netns: &Path, program: &str) -> String {
+        let output = output(&mut self.command(netns, program)).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a Python program in it, in a network namespace.
+    pub fn run(&self, netns: &Path, program: &str) -> Program {
+        Program(spawn(&mut self.command(netns, program)).unwrap())
     }
 }
 
