@@ -38,6 +38,7 @@ pub mod metrics;
 pub mod netns;
 pub mod network;
 pub mod pcap;
+pub mod peers;
 pub mod plan;
 pub mod probe;
 pub mod process;
