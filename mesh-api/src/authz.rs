@@ -45,6 +45,8 @@ pub struct AccessRules {
     deny: Vec<NamedRule>,
     allow: Vec<NamedRule>,
     otherwise: Otherwise,
+    /// A guard that cannot be read: whatever the rules say, everything is denied.
+    unreadable: Option<RuleId>,
 }
 
 /// A rule and its name.
@@ -73,7 +75,8 @@ pub struct Permit {
 /// The refusal of what was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Denied {
-    /// The rule that denied: an AccessPolicy's, `default-deny:<policy>`, `mtls-strict` or `unknown-workload`.
+    /// The rule that denied: an AccessPolicy's, `default-deny:<policy>`, `unreadable:<policy>`, `mtls-strict` or
+    /// `unknown-workload`.
     pub rule: RuleId,
     /// The view's revision.
     pub revision: Revision,
@@ -92,6 +95,8 @@ pub enum DenyReason {
     NoAllowRule,
     /// The view does not know the destination.
     UnknownWorkload,
+    /// A policy that guards the destination cannot be read, and no version of it could.
+    UnreadablePolicy,
 }
 
 /// What is known of the source.
@@ -162,6 +167,16 @@ impl AccessRules {
             deny,
             allow,
             otherwise,
+            unreadable: None,
+        }
+    }
+
+    /// The same, under a guard that cannot be read: everything is denied.
+    #[must_use]
+    pub fn under_unreadable(self, policy: Option<RuleId>) -> AccessRules {
+        AccessRules {
+            unreadable: policy,
+            ..self
         }
     }
 
@@ -172,12 +187,13 @@ impl AccessRules {
             deny: Vec::new(),
             allow: Vec::new(),
             otherwise: Otherwise::Deny(RuleId::UNKNOWN_WORKLOAD, DenyReason::UnknownWorkload),
+            unreadable: None,
         }
     }
 
     /// Whether nothing is restricted, whoever asks.
     pub fn allows_everything(&self) -> bool {
-        self.deny.is_empty() && matches!(self.otherwise, Otherwise::Allow)
+        self.unreadable.is_none() && self.deny.is_empty() && matches!(self.otherwise, Otherwise::Allow)
     }
 
     /// Whether some rule asks about requests.
@@ -199,6 +215,7 @@ impl AccessRules {
         rules(&self.deny, &other.deny)
             && rules(&self.allow, &other.allow)
             && allows(&self.otherwise) == allows(&other.otherwise)
+            && self.unreadable == other.unreadable
     }
 
     fn permit(&self, rule: &RuleId) -> Decision {
@@ -248,6 +265,9 @@ pub fn decide(inbound: &InboundPolicy, source: &SourceAttributes<'_>, l7: Option
     let access = &*inbound.access;
     if inbound.mtls == MtlsMode::Strict && source.identity.is_none() {
         return access.denied(&RuleId::MTLS_STRICT, DenyReason::MtlsStrict);
+    }
+    if let Some(policy) = &access.unreadable {
+        return access.denied(policy, DenyReason::UnreadablePolicy);
     }
     let fit = |named: &NamedRule, side: Side| rule_fit(&named.rule, inbound.port, source, l7.as_ref(), side);
     let mut open_question = false;
@@ -400,6 +420,7 @@ impl DenyReason {
             DenyReason::DenyRule => "a Deny rule matches",
             DenyReason::NoAllowRule => "an Allow policy applies and none of its rules matches",
             DenyReason::UnknownWorkload => "the destination is not known",
+            DenyReason::UnreadablePolicy => "a policy that guards the destination cannot be read",
         }
     }
 }

@@ -39,6 +39,7 @@ impl Denial {
         let refusal = match denied.reason {
             DenyReason::MtlsStrict => Refusal::PlaintextRefused,
             DenyReason::UnknownWorkload => Refusal::UnknownDestination,
+            DenyReason::UnreadablePolicy => Refusal::InvalidPolicy,
             DenyReason::DenyRule | DenyReason::NoAllowRule => refusal,
         };
         Denial {

@@ -451,7 +451,7 @@ impl ViewSync {
 
     fn publish(&self, held: &Held) {
         let resources: Vec<_> = held.resources.values().cloned().collect();
-        let view = View::compile(held.trust_domain.clone(), held.revision, &resources);
+        let view = View::compile_on(&self.config.node, held.trust_domain.clone(), held.revision, &resources);
         self.views.publish(Arc::new(view));
         self.health.revision.store(held.revision.0, Relaxed);
         self.health.resources.store(held.resources.len(), Relaxed);

@@ -33,34 +33,15 @@ pub(super) fn resources(set: &DocumentSet, trust_domain: &TrustDomain) -> Vec<Re
         _ => None,
     });
     let policies = set.iter().filter(|document| document.kind().is_policy());
+    let policies = policies.filter_map(Document::holding);
     pods.chain(services)
-        .chain(
-            policies
-                .filter_map(holding)
-                .map(|document| Resource::Policy(bare(document))),
-        )
+        .chain(policies.map(|document| Resource::Policy(bare(&document))))
         .collect()
 }
 
-/// What holds for a policy: itself; if it cannot be read its last version that could be, else the denial that a guard
-/// turns into.
-fn holding(document: &Document) -> Option<&Document> {
-    match document {
-        Document::Unreadable(object) => match &object.spec.last {
-            Some(last) => Some(last),
-            None => object.spec.kind.is_guard().then_some(document),
-        },
-        _ => Some(document),
-    }
-}
-
 /// Without labels, annotations and UID: no decision looks at them, and a change of theirs is no change for an agent.
-/// Why a document cannot be read is no matter of agents either.
 fn bare(document: &Document) -> Document {
     let mut bare = document.clone();
-    if let Document::Unreadable(object) = &mut bare {
-        object.spec.problems.clear();
-    }
     let meta = bare.meta_mut();
     meta.labels.clear();
     meta.annotations.clear();

@@ -1,17 +1,18 @@
 //! Policies and routes that are there and cannot be read: whoever stores documents took them, the mesh does not.
 //!
 //! Such a document must never widen what is allowed. The last version that could be read goes on to hold; without one
-//! (the controller has just started), a guard denies: at its targets if they can be read, else in its whole namespace.
-//! A route without a version that can be read is not there, as the Gateway API has it: it is not accepted.
+//! (the controller has just started) a guard does the most that its kind can do, at its targets if they can be read, else
+//! in its whole namespace: an AccessPolicy and a RateLimit deny everything, a MeshPolicy demands mutual TLS. Another
+//! kind without a version that can be read is not there, as the Gateway API has it of routes: it is not accepted.
 
-use std::sync::Arc;
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Document, Kind, Problem};
+use super::{Document, Kind, Object, Problem};
 use crate::{
-    policy::{ParentRef, TargetRef, guard_targets},
+    policy::{MeshPolicy, MtlsMode, MtlsSettings, ParentRef, TargetRef, guard_targets},
     read::{Decode, Field, Log, Node},
 };
 
@@ -90,6 +91,44 @@ impl Unreadable {
         };
         let texts: Vec<String> = self.problems.iter().map(one).collect();
         texts.join("; ")
+    }
+}
+
+impl Document {
+    /// What holds for it: itself, or if it cannot be read its last version that could be, else what a guard turns into.
+    /// `None`: nothing.
+    pub fn holding(&self) -> Option<Cow<'_, Document>> {
+        let Document::Unreadable(object) = self else {
+            return Some(Cow::Borrowed(self));
+        };
+        let spec = &object.spec;
+        match (&spec.last, spec.kind) {
+            (Some(last), _) => Some(Cow::Borrowed(last)),
+            (None, Kind::MeshPolicy) => {
+                let strict = MtlsSettings {
+                    mode: Some(MtlsMode::Strict),
+                    ports: BTreeMap::new(),
+                };
+                Some(Cow::Owned(Document::MeshPolicy(Object {
+                    meta: object.meta.clone(),
+                    spec: MeshPolicy {
+                        target_refs: spec.targets.clone(),
+                        mtls: Some(strict),
+                    },
+                    raw: None,
+                })))
+            }
+            (None, kind) if kind.is_guard() => {
+                // Why it cannot be read is no matter of agents.
+                let spec = Unreadable {
+                    problems: Vec::new(),
+                    ..spec.clone()
+                };
+                let meta = object.meta.clone();
+                Some(Cow::Owned(Document::Unreadable(Object { meta, spec, raw: None })))
+            }
+            (None, _) => None,
+        }
     }
 }
 

@@ -1,25 +1,26 @@
 //! From resources to a view: workloads and services joined, then policies laid over them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
 };
 
 use super::{
     Backend, BackendKey, ServicePortView, ServiceView, View,
+    endpoints::{self, Member, Place, Workloads, endpoints},
     inbound::{InboundCompiler, InboundSet, compile_limits},
     inbound_of_unknown, routes,
     settings::TrafficCompiler,
 };
 use crate::{
     document::{Document, Resource, ResourceKey, Unreadable},
-    identity::TrustDomain,
+    identity::{IdentityKind, TrustDomain},
     policy::{
         AccessPolicy, GrpcRoute, HttpRoute, MeshPolicy, RateLimit, ReferenceGrant, ServiceSubset, TcpRoute, TlsRoute,
         TrafficPolicy,
     },
-    workload::{Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
+    workload::{ObjectName, Revision, Service, ServicePort, Workload},
 };
 
 /// A policy with the name of its document.
@@ -62,7 +63,7 @@ pub(super) fn compile(
     trust_domain: TrustDomain,
     revision: Revision,
     resources: &[Resource],
-    _node: Option<&str>,
+    node: Option<&str>,
 ) -> View {
     // By key, so that the order of the input cannot matter.
     let by_key: BTreeMap<ResourceKey, &Resource> = resources.iter().map(|r| (r.key(), r)).collect();
@@ -77,19 +78,33 @@ pub(super) fn compile(
         }
     }
 
-    let members = members_of(&services, &workloads);
-    let backends = compile_backends(&services, &members, &policies);
+    let by_address = Workloads::new(&workloads);
+    let selected = endpoints::selected(&services, &workloads);
+    let members: Vec<Vec<Member<'_>>> = services
+        .iter()
+        .zip(&selected)
+        .map(|(service, selected)| endpoints::members(&trust_domain, service, selected, &by_address))
+        .collect();
+    let here = workloads.iter().find(|workload| Some(&*workload.node) == node);
+    let place = Place {
+        node,
+        zone: here.map_or("", |workload| &workload.zone),
+    };
+    let backends = compile_backends(place, &services, &members, &policies);
     let tables = routes::compile(&policies, &services, &backends);
     let mut view = View {
         trust_domain,
         revision,
         workloads: HashMap::with_capacity(workloads.len()),
-        workloads_by_address: HashMap::with_capacity(workloads.len()),
+        workloads_by_address: by_address.by_address(),
+        node_addresses: HashSet::new(),
         workloads_by_node: HashMap::new(),
         services: HashMap::with_capacity(services.len()),
         ports_by_address: HashMap::with_capacity(services.len()),
         services_by_address: HashMap::with_capacity(services.len()),
-        inbound: compile_inbound(revision, &services, &workloads, &members, &policies),
+        ports_by_external_address: HashMap::new(),
+        ports_by_node_port: HashMap::new(),
+        inbound: compile_inbound(revision, &services, &workloads, &selected, &members, &policies),
         inbound_of_unknown: inbound_of_unknown(revision),
         backends: backends.values().cloned().collect(),
         limits: policies
@@ -99,6 +114,7 @@ pub(super) fn compile(
             .map(|limit| limit.id)
             .collect(),
     };
+    drop((members, by_address));
     for workload in workloads {
         index_workload(&mut view, workload);
     }
@@ -149,35 +165,12 @@ impl<'a> Policies<'a> {
     }
 }
 
-/// For each service the workloads that its selector picks, in order of their names. Goes through the workloads that
-/// have the selector's rarest label only, so that many services in one namespace stay cheap.
-fn members_of(services: &[Arc<Service>], workloads: &[Arc<Workload>]) -> Vec<Vec<Arc<Workload>>> {
-    let mut by_label: HashMap<(&str, &str, &str), Vec<&Arc<Workload>>> = HashMap::new();
-    for workload in workloads {
-        for (key, value) in &workload.labels {
-            by_label
-                .entry((&workload.name.namespace, key, value))
-                .or_default()
-                .push(workload);
-        }
-    }
-    let members = |service: &Arc<Service>| {
-        let namespace = &*service.name.namespace;
-        let lists = service
-            .selector
-            .iter()
-            .map(|(key, value)| by_label.get(&(namespace, &**key, &**value)));
-        let rarest = lists.min_by_key(|list| list.map_or(0, Vec::len));
-        let candidates = rarest.flatten().into_iter().flatten();
-        candidates
-            .filter(|workload| service.selects(workload))
-            .map(|workload| Arc::clone(workload))
-            .collect()
-    };
-    services.iter().map(members).collect()
-}
-
-fn compile_backends(services: &[Arc<Service>], members: &[Vec<Arc<Workload>>], policies: &Policies<'_>) -> Backends {
+fn compile_backends(
+    place: Place<'_>,
+    services: &[Arc<Service>],
+    members: &[Vec<Member<'_>>],
+    policies: &Policies<'_>,
+) -> Backends {
     let mut subsets: HashMap<(&str, &str), Vec<&Named<'_, ServiceSubset>>> = HashMap::new();
     for subset in &policies.subsets {
         subsets
@@ -193,10 +186,10 @@ fn compile_backends(services: &[Arc<Service>], members: &[Vec<Arc<Workload>>], p
             let settings = traffic.settings(service, port);
             let mut add = |subset: Option<&Named<'_, ServiceSubset>>| {
                 let labels = subset.map(|subset| &subset.spec.labels);
-                let is_in = |workload: &&Arc<Workload>| {
-                    labels.is_none_or(|labels| labels.iter().all(|(k, v)| has_label(workload, k, v)))
+                let is_in = |member: &&Member<'_>| {
+                    labels.is_none_or(|labels| labels.iter().all(|(k, v)| has_label(&member.workload, k, v)))
                 };
-                let chosen: Vec<&Arc<Workload>> = members.iter().filter(is_in).collect();
+                let chosen: Vec<&Member<'_>> = members.iter().filter(is_in).collect();
                 let key = BackendKey {
                     service: service.name.clone(),
                     port: port.port,
@@ -206,8 +199,8 @@ fn compile_backends(services: &[Arc<Service>], members: &[Vec<Arc<Workload>>], p
                     key: key.clone(),
                     service: service.clone(),
                     protocol: port.protocol,
-                    endpoints_v4: endpoints(service, port, &chosen, false),
-                    endpoints_v6: endpoints(service, port, &chosen, true),
+                    endpoints_v4: endpoints(place, service, port, &chosen, false),
+                    endpoints_v6: endpoints(place, service, port, &chosen, true),
                     traffic: settings.clone(),
                 };
                 backends.insert(key, Arc::new(backend));
@@ -225,36 +218,32 @@ fn has_label(workload: &Workload, key: &str, value: &str) -> bool {
     workload.labels.get(key).is_some_and(|v| **v == *value)
 }
 
-fn endpoints(service: &Service, port: &ServicePort, members: &[&Arc<Workload>], ipv6: bool) -> Vec<Endpoint> {
-    let serving = members
-        .iter()
-        .filter(|workload| workload.ready || service.publish_not_ready);
-    serving
-        .filter_map(|workload| {
-            let ip = workload.address(ipv6)?;
-            let target = workload.target_port(&port.target)?;
-            Some(Endpoint {
-                workload: Arc::clone(workload),
-                address: SocketAddr::new(ip, target),
-            })
-        })
-        .collect()
-}
-
 fn compile_inbound(
     revision: Revision,
     services: &[Arc<Service>],
     workloads: &[Arc<Workload>],
-    members: &[Vec<Arc<Workload>>],
+    selected: &[Vec<Arc<Workload>>],
+    members: &[Vec<Member<'_>>],
     policies: &Policies<'_>,
 ) -> HashMap<ObjectName, InboundSet> {
     let mut served: HashMap<&ObjectName, Vec<Served<'_>>> = HashMap::new();
-    for (service, members) in services.iter().zip(members) {
-        for workload in members {
-            let list = served.entry(&workload.name).or_default();
-            for port in &service.ports {
+    for ((service, selected), members) in services.iter().zip(selected).zip(members) {
+        for port in &service.ports {
+            // Whom the selector picks is guarded by the service's policies before a slice names it.
+            for workload in selected {
                 if let Some(target) = workload.target_port(&port.target) {
-                    list.push(Served { service, port, target });
+                    add_served(&mut served, &workload.name, Served { service, port, target });
+                }
+            }
+            // A slice may name any address. Policies of a service hold for pods of its own namespace only: whoever may
+            // write slices and policies in one namespace has no say about another's pods.
+            let own = members
+                .iter()
+                .filter(|member| member.workload.name.namespace == service.name.namespace)
+                .filter(|member| member.workload.identity.kind() == IdentityKind::Workload);
+            for member in own {
+                if let Some(target) = member.target(port) {
+                    add_served(&mut served, &member.workload.name, Served { service, port, target });
                 }
             }
         }
@@ -268,19 +257,22 @@ fn compile_inbound(
     inbound
 }
 
+/// Adds it unless it is there: a workload may be picked by the selector and by slices.
+fn add_served<'a>(served: &mut HashMap<&'a ObjectName, Vec<Served<'a>>>, workload: &'a ObjectName, one: Served<'a>) {
+    let list = served.entry(workload).or_default();
+    // What a service adds stands at the list's end.
+    let mut own = list
+        .iter()
+        .rev()
+        .take_while(|other| Arc::ptr_eq(other.service, one.service));
+    if !own.any(|other| std::ptr::eq(other.port, one.port) && other.target == one.target) {
+        list.push(one);
+    }
+}
+
 fn index_workload(view: &mut View, workload: Arc<Workload>) {
-    for address in &workload.addresses {
-        let address = address.to_canonical();
-        // Two workloads may claim an address while one replaces the other: the enrolled one has it, then the ready
-        // one, then the first by name.
-        let rank = |workload: &Workload| (workload.enrolled, workload.ready);
-        let held = view
-            .workloads_by_address
-            .get(&address)
-            .is_some_and(|holder| rank(holder) >= rank(&workload));
-        if !held {
-            view.workloads_by_address.insert(address, workload.clone());
-        }
+    for address in &workload.node_addresses {
+        view.node_addresses.insert(address.to_canonical());
     }
     view.workloads_by_node
         .entry(workload.node.clone())
@@ -310,6 +302,17 @@ fn index_service(view: &mut View, service: Arc<Service>, backends: &Backends, ta
             let address = SocketAddr::new(address.to_canonical(), port.port);
             view.ports_by_address
                 .entry(address)
+                .or_insert_with(|| port_view.clone());
+        }
+        for address in &service.external_addresses {
+            let address = SocketAddr::new(address.to_canonical(), port.port);
+            view.ports_by_external_address
+                .entry(address)
+                .or_insert_with(|| port_view.clone());
+        }
+        if let Some(number) = port.node_port {
+            view.ports_by_node_port
+                .entry(number)
                 .or_insert_with(|| port_view.clone());
         }
         ports.push(port_view);

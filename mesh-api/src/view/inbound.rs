@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     authz::{AccessRules, InboundPolicy, NamedRule},
+    document::Unreadable,
     policy::{AccessAction, AccessPolicy, AccessRule, MeshPolicy, MtlsMode, RateLimit},
     resilience::LimitSettings,
     rule::RuleId,
@@ -46,7 +47,9 @@ pub(super) struct InboundCompiler<'a> {
     access_targets: Targets<'a>,
     limits: Vec<Vec<LimitSettings>>,
     limit_targets: Targets<'a>,
-    shared_access: HashMap<Vec<usize>, Arc<AccessRules>>,
+    unreadable: &'a [Named<'a, Unreadable>],
+    unreadable_targets: Targets<'a>,
+    shared_access: HashMap<(Vec<usize>, Option<RuleId>), Arc<AccessRules>>,
     shared_limits: HashMap<Vec<usize>, Arc<[LimitSettings]>>,
     shared_services: HashMap<Vec<*const Service>, Arc<[Arc<Service>]>>,
 }
@@ -68,6 +71,8 @@ impl<'a> InboundCompiler<'a> {
             access_targets: Targets::new(policies.access.iter().map(|p| &*p.spec.target_refs)),
             limits: policies.limits.iter().map(compile_limits).collect(),
             limit_targets: Targets::new(policies.limits.iter().map(|p| &*p.spec.target_refs)),
+            unreadable: &policies.unreadable,
+            unreadable_targets: Targets::new(policies.unreadable.iter().map(|p| &*p.spec.targets)),
             shared_access: HashMap::new(),
             shared_limits: HashMap::new(),
             shared_services: HashMap::new(),
@@ -79,10 +84,11 @@ impl<'a> InboundCompiler<'a> {
         let mesh = self.mesh_targets.of_workload(workload, served);
         let access = self.access_targets.of_workload(workload, served);
         let limits = self.limit_targets.of_workload(workload, served);
+        let unreadable = self.unreadable_targets.of_workload(workload, served);
         let mut ports: BTreeSet<u16> = served.iter().map(|one| one.target).collect();
         ports.extend(workload.ports.iter().map(|port| port.port));
         ports.extend(
-            [&mesh, &access, &limits]
+            [&mesh, &access, &limits, &unreadable]
                 .into_iter()
                 .flatten()
                 .filter_map(|one| one.port),
@@ -95,7 +101,7 @@ impl<'a> InboundCompiler<'a> {
         let mut at = |port: Option<u16>| InboundPolicy {
             port: port.unwrap_or_default(),
             mtls: mtls_mode(self.mesh, &mesh, port),
-            access: self.access_rules(&policies_at(&access, port)),
+            access: self.access_rules(&policies_at(&access, port), &policies_at(&unreadable, port)),
             limits: self.limit_settings(&policies_at(&limits, port)),
             protocol: protocol(workload, served, port),
             services: self.services(served, port),
@@ -106,8 +112,14 @@ impl<'a> InboundCompiler<'a> {
         }
     }
 
-    fn access_rules(&mut self, policies: &[usize]) -> Arc<AccessRules> {
-        if let Some(shared) = self.shared_access.get(policies) {
+    fn access_rules(&mut self, policies: &[usize], unreadable: &[usize]) -> Arc<AccessRules> {
+        let unreadable = unreadable.first().and_then(|&index| self.unreadable.get(index));
+        let unreadable = unreadable.map(|policy| {
+            let kind = policy.spec.kind.as_str().to_ascii_lowercase();
+            RuleId::new(&format!("unreadable:{kind}/{}", policy.name))
+        });
+        let key = (policies.to_vec(), unreadable.clone());
+        if let Some(shared) = self.shared_access.get(&key) {
             return shared.clone();
         }
         let (mut deny, mut allow, mut default_deny) = (Vec::new(), Vec::new(), None);
@@ -120,8 +132,9 @@ impl<'a> InboundCompiler<'a> {
                 }
             }
         }
-        let rules = Arc::new(AccessRules::new(self.revision, deny, allow, default_deny));
-        self.shared_access.insert(policies.to_vec(), rules.clone());
+        let rules = AccessRules::new(self.revision, deny, allow, default_deny).under_unreadable(unreadable);
+        let rules = Arc::new(rules);
+        self.shared_access.insert(key, rules.clone());
         rules
     }
 

@@ -13,13 +13,14 @@
 
 mod attach;
 mod compile;
+mod endpoints;
 pub(crate) mod grants;
 mod inbound;
 mod routes;
 mod settings;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -49,6 +50,10 @@ pub struct View {
     services: HashMap<ObjectName, Arc<ServiceView>>,
     ports_by_address: HashMap<SocketAddr, Arc<ServicePortView>>,
     services_by_address: HashMap<IpAddr, Arc<Service>>,
+    ports_by_external_address: HashMap<SocketAddr, Arc<ServicePortView>>,
+    ports_by_node_port: HashMap<u16, Arc<ServicePortView>>,
+    /// Of every node that a workload runs on.
+    node_addresses: HashSet<IpAddr>,
     inbound: HashMap<ObjectName, InboundSet>,
     inbound_of_unknown: InboundPolicy,
     backends: Vec<Arc<Backend>>,
@@ -58,7 +63,7 @@ pub struct View {
 /// What an original destination is.
 #[derive(Clone, Debug)]
 pub enum Destination {
-    /// A port of a service's address: routes and balancing apply.
+    /// A port of a service: of one of its addresses, or its port on a node. Routes and balancing apply.
     ServicePort(Arc<ServicePortView>),
     /// A workload's own address: no route touches it.
     Workload(Endpoint),
@@ -118,7 +123,8 @@ impl View {
         self.revision
     }
 
-    /// The workload that has this address.
+    /// The workload that has this address as its own. A node's address is nobody's: pods with their node's network share
+    /// it, so that no identity follows from it.
     pub fn workload_by_address(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.workloads_by_address.get(&ip.to_canonical())
     }
@@ -175,6 +181,13 @@ impl View {
             })
         } else if let Some(service) = self.services_by_address.get(&ip) {
             Destination::NoPort(service.clone())
+        } else if let Some(port) = self.ports_by_external_address.get(&address) {
+            // After the cluster's own addresses: a service may claim any address as an external one.
+            Destination::ServicePort(port.clone())
+        } else if self.node_addresses.contains(&ip)
+            && let Some(port) = self.ports_by_node_port.get(&address.port())
+        {
+            Destination::ServicePort(port.clone())
         } else {
             Destination::Outside
         }
