@@ -377,7 +377,8 @@ mod tests {
             clean(&decoded[..end], true)
         }
 
-        pub const ALL: [(&str, fn(&str) -> String); 5] = [
+        type Read = fn(&str) -> String;
+        pub const ALL: [(&str, Read); 5] = [
             ("servlet", servlet),
             ("web", web),
             ("strict", strict),

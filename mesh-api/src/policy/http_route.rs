@@ -430,14 +430,30 @@ pub struct BackendTarget {
     /// `group` and `kind`.
     #[serde(flatten)]
     pub kind: BackendKind,
-    /// The namespace; `None`: the route's own. Another one permits it by a ReferenceGrant, or the backend is no valid
-    /// one.
+    /// The namespace; `None`: the route's own. Another one must permit it ([`BackendTarget::needs_grant`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
     /// The name of the Service or ServiceSubset.
     pub name: String,
     /// The service's port.
     pub port: u16,
+}
+
+impl BackendTarget {
+    /// Whether a route of that namespace, with these parents, needs a ReferenceGrant to name it: not in its own
+    /// namespace, and not for a Service that is a parent of the route. Whom a consumer route speaks of its sources reach
+    /// without any route.
+    pub fn needs_grant(&self, route_namespace: &str, parents: &[ParentRef]) -> bool {
+        let Some(namespace) = self.namespace.as_deref().filter(|ns| *ns != route_namespace) else {
+            return false;
+        };
+        let is_it = |parent: &&ParentRef| {
+            parent.is_service()
+                && parent.name == self.name
+                && parent.namespace.as_deref().unwrap_or(route_namespace) == namespace
+        };
+        self.kind != BackendKind::Service || !parents.iter().any(|parent| is_it(&parent))
+    }
 }
 
 /// Where requests go, and which share of them.

@@ -6,7 +6,7 @@
 
 use std::{borrow::Cow, cmp::Reverse, collections::HashMap, fmt, sync::Arc};
 
-use super::{RouteAction, RouteAge, RouteRule, TableEntry};
+use super::{RouteAction, RouteAge, RouteRule};
 use crate::{
     policy::{HeaderMatch, HttpRouteMatch, PathMatch, RegexPattern},
     request::Request,
@@ -45,24 +45,24 @@ struct Order {
 }
 
 impl RuleSet {
-    pub(super) fn new(entries: Vec<TableEntry>) -> RuleSet {
+    pub(super) fn new(entries: Vec<(RouteAge, usize, Vec<HttpRouteMatch>, RouteRule)>) -> RuleSet {
         let mut set = RuleSet::default();
-        for entry in entries {
-            let matches = if entry.matches.is_empty() {
+        for (age, rule_index, matches, rule) in entries {
+            let matches = if matches.is_empty() {
                 vec![HttpRouteMatch::default()]
             } else {
-                entry.matches
+                matches
             };
             for (match_index, one) in matches.into_iter().enumerate() {
                 let order = Order {
                     without_method: one.method.is_none(),
                     headers: Reverse(one.headers.len()),
                     query: Reverse(one.query_params.len()),
-                    age: entry.age.clone(),
-                    rule_index: entry.rule_index,
+                    age: age.clone(),
+                    rule_index,
                     match_index,
                 };
-                set.insert(one, order, &entry.rule);
+                set.insert(one, order, &rule);
             }
         }
         set.exact

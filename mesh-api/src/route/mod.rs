@@ -8,21 +8,28 @@
 //! parameters; ties go to the older route, then to `namespace/name` in order, then to the earlier rule. A path
 //! regex, which that specification leaves to us, stands between exact and prefix (the longer pattern first), since
 //! under the prefixes a catch-all `/` would hide every one of them. Where a source's namespace has routes of its own
-//! for the service (consumer routes), they are used instead of the producer's, not merged with them.
+//! for the service (consumer routes), they are used instead of the producer's, not merged with them. Where a port has
+//! GRPCRoutes and HTTPRoutes, calls of gRPC go by the former and all other requests by the latter; where it has routes
+//! of one kind only, they are for all requests. Connections that carry no requests go by TCPRoutes and TLSRoutes
+//! ([`FlowTable`]).
 
+mod flow;
+mod grpc;
 mod matching;
 mod rewrite;
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 pub use self::{
+    flow::{FlowChoice, FlowEntry, FlowRule, FlowTable, Hello, select_flow},
+    grpc::{grpc_match_holds, is_grpc},
     matching::{match_holds, path_matches},
     rewrite::{redirect_location, rewrite_path},
 };
 pub use crate::rule::RuleId;
 use crate::{
     backend::Backend,
-    policy::HttpRouteMatch,
+    policy::{Cors, GrpcRouteMatch, HttpRouteMatch},
     request::Request,
     resilience::{RetrySettings, TrafficSettings},
     workload::ObjectName,
@@ -30,15 +37,24 @@ use crate::{
 
 pub(crate) use self::matching::percent_decode;
 
-use self::matching::RuleSet;
+use self::{grpc::GrpcSet, matching::RuleSet};
 
 /// The routes of one service port, in the order in which they are tried.
 #[derive(Clone, Debug)]
 pub struct RouteTable {
     /// For sources whose namespace has no routes of its own.
-    producers: RuleSet,
+    producers: Rules,
+    /// Whether the producer has routes, or `producers` is the service itself.
+    produced: bool,
     /// By namespace of the source.
-    consumers: HashMap<Arc<str>, RuleSet>,
+    consumers: HashMap<Arc<str>, Rules>,
+}
+
+/// The rules for one kind of source; at least one of the sets is there.
+#[derive(Clone, Debug, Default)]
+struct Rules {
+    grpc: Option<GrpcSet>,
+    http: Option<RuleSet>,
 }
 
 /// What a table says to a request.
@@ -71,6 +87,21 @@ pub struct RouteRule {
     pub response_headers: HeaderEdit,
     /// Changes to host and path.
     pub rewrite: Option<Rewrite>,
+    /// Where copies go.
+    pub mirrors: Vec<Mirror>,
+    /// What other origins' pages may do.
+    pub cors: Option<Arc<Cors>>,
+}
+
+/// Copies of some requests, for another backend.
+#[derive(Clone, Debug)]
+pub struct Mirror {
+    /// Of `denominator` requests so many are copied.
+    pub numerator: u32,
+    /// At least 1.
+    pub denominator: u32,
+    /// The backend, or why there are no copies.
+    pub backend: Result<Arc<Backend>, BadBackend>,
 }
 
 /// Where a request goes.
@@ -112,6 +143,9 @@ pub enum BadBackend {
         /// The port asked for.
         port: u16,
     },
+    /// It lies in another namespace, and no ReferenceGrant there lets this route name it.
+    #[error("no ReferenceGrant in namespace {} lets the route name {}", .0.namespace, .0.name)]
+    NotPermitted(ObjectName),
 }
 
 /// Edits to headers, applied in this order: set, add, remove. Names are lower case and, like the values, free of
@@ -177,10 +211,19 @@ pub struct TableEntry {
     pub age: RouteAge,
     /// The rule's index in its route.
     pub rule_index: usize,
-    /// Any of these; empty: everything.
-    pub matches: Vec<HttpRouteMatch>,
+    /// What it takes, and of which kind the route is.
+    pub matches: Matches,
     /// What follows; its `matched_prefix` is filled in per match.
     pub rule: RouteRule,
+}
+
+/// The matches of a rule.
+#[derive(Clone, Debug)]
+pub enum Matches {
+    /// An HTTPRoute's: any of these; empty: everything.
+    Http(Vec<HttpRouteMatch>),
+    /// A GRPCRoute's: any of these; empty: everything.
+    Grpc(Vec<GrpcRouteMatch>),
 }
 
 /// Which rule takes the request. A total function of its arguments.
@@ -200,25 +243,63 @@ impl RouteTable {
         consumers: HashMap<Arc<str>, Vec<TableEntry>>,
         unrouted: RouteRule,
     ) -> RouteTable {
-        let producers = if producers.is_empty() {
+        let produced = !producers.is_empty();
+        let producers = if produced {
+            producers
+        } else {
             vec![TableEntry {
                 age: RouteAge {
                     created: 0,
                     name: ObjectName::new("", ""),
                 },
                 rule_index: 0,
-                matches: Vec::new(),
+                matches: Matches::Http(Vec::new()),
                 rule: unrouted,
             }]
-        } else {
-            producers
         };
         RouteTable {
-            producers: RuleSet::new(producers),
+            producers: Rules::new(producers),
+            produced,
             consumers: consumers
                 .into_iter()
-                .map(|(ns, entries)| (ns, RuleSet::new(entries)))
+                .map(|(ns, entries)| (ns, Rules::new(entries)))
                 .collect(),
+        }
+    }
+
+    /// Whether some route speaks of requests from this namespace.
+    pub fn has_routes_for(&self, source_namespace: &str) -> bool {
+        self.produced || self.consumers.contains_key(source_namespace)
+    }
+}
+
+impl Rules {
+    fn new(entries: Vec<TableEntry>) -> Rules {
+        let (mut grpc, mut http) = (Vec::new(), Vec::new());
+        for TableEntry {
+            age,
+            rule_index,
+            matches,
+            rule,
+        } in entries
+        {
+            match matches {
+                Matches::Http(matches) => http.push((age, rule_index, matches, rule)),
+                Matches::Grpc(matches) => grpc.push((age, rule_index, matches, rule)),
+            }
+        }
+        Rules {
+            grpc: (!grpc.is_empty()).then(|| GrpcSet::new(grpc)),
+            http: (!http.is_empty()).then(|| RuleSet::new(http)),
+        }
+    }
+
+    fn select(&self, request: &dyn Request) -> Option<&Arc<RouteRule>> {
+        match (&self.grpc, &self.http) {
+            (Some(grpc), None) => grpc.select(request),
+            (Some(grpc), Some(_)) if is_grpc(request) => grpc.select(request),
+            (_, Some(http)) => http.select(request),
+            (None, None) => None,
         }
     }
 }
@@ -241,6 +322,8 @@ impl RouteRule {
             request_headers: HeaderEdit::default(),
             response_headers: HeaderEdit::default(),
             rewrite: None,
+            mirrors: Vec::new(),
+            cors: None,
         }
     }
 
@@ -250,15 +333,7 @@ impl RouteRule {
         let RouteAction::Forward(backends) = &self.action else {
             return None;
         };
-        let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
-        let mut left = u64::from(random).checked_rem(total)?;
-        for backend in backends {
-            match left.checked_sub(u64::from(backend.weight)) {
-                None => return Some(backend),
-                Some(rest) => left = rest,
-            }
-        }
-        None
+        pick(backends, random)
     }
 
     /// The limit from the request's head to the response's end: the route's, else the backend's; `None`: unlimited.
@@ -282,6 +357,28 @@ impl RouteRule {
     /// Whether and when to try again: the route's word, else the backend's.
     pub fn retry<'a>(&'a self, backend: &'a TrafficSettings) -> Option<&'a RetrySettings> {
         self.retry.as_deref().or(backend.retry.as_ref())
+    }
+}
+
+/// The share that this random number falls into.
+fn pick(backends: &[WeightedBackend], random: u32) -> Option<&WeightedBackend> {
+    let total: u64 = backends.iter().map(|b| u64::from(b.weight)).sum();
+    let mut left = u64::from(random).checked_rem(total)?;
+    for backend in backends {
+        match left.checked_sub(u64::from(backend.weight)) {
+            None => return Some(backend),
+            Some(rest) => left = rest,
+        }
+    }
+    None
+}
+
+impl Mirror {
+    /// Whether the request of this random number is copied: exactly `numerator` of each `denominator` numbers are.
+    pub fn takes(&self, random: u32) -> bool {
+        random
+            .checked_rem(self.denominator)
+            .is_some_and(|rest| rest < self.numerator)
     }
 }
 

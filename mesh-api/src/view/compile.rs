@@ -295,7 +295,8 @@ fn index_service(view: &mut View, service: Arc<Service>, backends: &Backends, ta
         let port_view = Arc::new(ServicePortView {
             service: service.clone(),
             port: port.clone(),
-            routes: tables.get(&key).cloned(),
+            routes: tables.requests.get(&key).cloned(),
+            flows: tables.flows.get(&key).cloned(),
             backend: backend.clone(),
         });
         for address in &service.addresses {

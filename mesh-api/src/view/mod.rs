@@ -31,7 +31,7 @@ use crate::{
     document::Resource,
     identity::TrustDomain,
     policy::MtlsMode,
-    route::{RouteTable, RuleId},
+    route::{FlowTable, RouteTable, RuleId},
     workload::{AppProtocol, Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
 };
 pub use crate::{
@@ -91,6 +91,8 @@ pub struct ServicePortView {
     pub port: ServicePort,
     /// Its routes; `None`: all requests go to `backend`.
     pub routes: Option<Arc<RouteTable>>,
+    /// Its routes for connections that carry no requests; `None`: all of these go to `backend`.
+    pub flows: Option<Arc<FlowTable>>,
     /// The service itself, for opaque flows and where no route says otherwise.
     pub backend: Arc<Backend>,
 }
@@ -202,6 +204,23 @@ impl View {
         };
         policy.port = port;
         policy
+    }
+}
+
+impl ServicePortView {
+    /// What connections from that namespace are taken for. Where the port's only routes are for connections, these
+    /// decide, whatever the port declares: requests in them are not looked at.
+    pub fn protocol_for(&self, source_namespace: &str) -> AppProtocol {
+        let routed = |table: &Arc<FlowTable>| table.has_routes_for(source_namespace);
+        let requests = self
+            .routes
+            .as_ref()
+            .is_some_and(|table| table.has_routes_for(source_namespace));
+        if !requests && self.flows.as_ref().is_some_and(routed) {
+            AppProtocol::Tcp
+        } else {
+            self.port.protocol
+        }
     }
 }
 

@@ -1,32 +1,43 @@
-//! HTTPRoutes as tables, one per service port that has routes.
+//! Routes as tables: requests by HTTPRoutes and GRPCRoutes, connections by TCPRoutes and TLSRoutes. One table of each
+//! per service port that has such routes.
 
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
     BackendKey,
     compile::{Backends, Named, Policies},
+    grants::Grants,
     settings::route_retry_settings,
 };
 use crate::{
+    document::Kind,
     policy::{
-        self, BackendKind, BackendRef, BackendTarget, HttpRoute, HttpRouteFilter, HttpRouteRule, ParentRef, UrlRewrite,
+        self, BackendKind, BackendRef, BackendTarget, Cors, GrpcRouteRule, HttpRouteFilter, HttpRouteRule, L4RouteRule,
+        ParentRef, UrlRewrite,
     },
     route::{
-        BadBackend, HeaderEdit, PathModifier, RedirectSpec, Rewrite, RouteAction, RouteAge, RouteRule, RouteTable,
-        TableEntry, WeightedBackend,
+        BadBackend, FlowEntry, FlowRule, FlowTable, HeaderEdit, Matches, Mirror, PathModifier, RedirectSpec, Rewrite,
+        RouteAction, RouteAge, RouteRule, RouteTable, TableEntry, WeightedBackend,
     },
     rule::RuleId,
     workload::{ObjectName, Service, ServicePort},
 };
 
 /// Tables by the key of the port's own backend.
-pub(super) type Tables = HashMap<BackendKey, Arc<RouteTable>>;
-
 #[derive(Default)]
-struct Entries {
-    producers: Vec<TableEntry>,
-    consumers: HashMap<Arc<str>, Vec<TableEntry>>,
+pub(super) struct Tables {
+    pub requests: HashMap<BackendKey, Arc<RouteTable>>,
+    pub flows: HashMap<BackendKey, Arc<FlowTable>>,
 }
+
+/// The rules of one port.
+struct Entries<E> {
+    producers: Vec<E>,
+    consumers: HashMap<Arc<str>, Vec<E>>,
+}
+
+/// The rules of all ports.
+struct ByPort<E>(HashMap<BackendKey, Entries<E>>);
 
 /// What rules of routes may name.
 struct Known<'a> {
@@ -34,6 +45,7 @@ struct Known<'a> {
     /// The name of each subset's service.
     subsets: HashMap<(&'a str, &'a str), &'a str>,
     backends: &'a Backends,
+    grants: Grants<'a>,
 }
 
 pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backends: &Backends) -> Tables {
@@ -41,42 +53,108 @@ pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backen
         .iter()
         .map(|service| ((&*service.name.namespace, &*service.name.name), service));
     let subsets = policies.subsets.iter();
+    let grants = policies.grants.iter();
     let known = Known {
         services: by_name.collect(),
         subsets: subsets
             .map(|s| ((&*s.name.namespace, &*s.name.name), s.spec.service.as_str()))
             .collect(),
         backends,
+        grants: Grants::new(grants.map(|grant| (&*grant.name.namespace, grant.spec))),
     };
-    let mut entries: HashMap<BackendKey, Entries> = HashMap::new();
+
+    let mut requests = ByPort(HashMap::new());
     for route in &policies.routes {
-        let compiled = compile_route(route, &known);
-        for (key, is_consumer) in attached_to(route, &known) {
-            let table = entries.entry(key).or_default();
-            let list = if is_consumer {
-                table.consumers.entry(route.name.namespace.clone()).or_default()
-            } else {
-                &mut table.producers
-            };
-            list.extend_from_slice(&compiled);
-        }
+        let rules = route.spec.rules.iter().enumerate();
+        let entries = rules.map(|(index, rule)| http_entry(&known, route, index, rule));
+        requests.attach(route, &route.spec.parent_refs, &known, entries.collect());
     }
-    let build = |(key, entries): (BackendKey, Entries)| {
+    for route in &policies.grpc_routes {
+        let rules = route.spec.rules.iter().enumerate();
+        let entries = rules.map(|(index, rule)| grpc_entry(&known, route, index, rule));
+        requests.attach(route, &route.spec.parent_refs, &known, entries.collect());
+    }
+    let mut flows = ByPort(HashMap::new());
+    for route in &policies.tcp_routes {
+        let from = From {
+            kind: Kind::TcpRoute,
+            route: &route.name,
+            parents: &route.spec.parent_refs,
+            known: &known,
+        };
+        let rules = route.spec.rules.iter().enumerate();
+        let entries = rules.map(|(index, rule)| FlowEntry {
+            age: age(route),
+            names: None,
+            rule: flow_rule(&from, index, rule),
+        });
+        flows.attach(route, &route.spec.parent_refs, &known, entries.collect());
+    }
+    for route in &policies.tls_routes {
+        let from = From {
+            kind: Kind::TlsRoute,
+            route: &route.name,
+            parents: &route.spec.parent_refs,
+            known: &known,
+        };
+        let rules = route.spec.rules.iter().enumerate();
+        let entries = rules.map(|(index, rule)| FlowEntry {
+            age: age(route),
+            names: Some(route.spec.hostnames.clone()),
+            rule: flow_rule(&from, index, rule),
+        });
+        flows.attach(route, &route.spec.parent_refs, &known, entries.collect());
+    }
+
+    let table_of_requests = |(key, entries): (BackendKey, Entries<TableEntry>)| {
         let backend = backends.get(&key)?.clone();
         let unrouted = RouteRule::to_backend(RuleId::new(&format!("service/{}", key.service)), backend);
-        Some((
-            key,
-            Arc::new(RouteTable::new(entries.producers, entries.consumers, unrouted)),
-        ))
+        let table = RouteTable::new(entries.producers, entries.consumers, unrouted);
+        Some((key, Arc::new(table)))
     };
-    entries.into_iter().filter_map(build).collect()
+    let table_of_flows = |(key, entries): (BackendKey, Entries<FlowEntry>)| {
+        let table = FlowTable::new(entries.producers, entries.consumers);
+        (key, Arc::new(table))
+    };
+    Tables {
+        requests: requests.0.into_iter().filter_map(table_of_requests).collect(),
+        flows: flows.0.into_iter().map(table_of_flows).collect(),
+    }
+}
+
+impl<E: Clone> ByPort<E> {
+    /// Gives a route's rules to each port that it is attached to. A route without rules says nothing.
+    fn attach<P>(&mut self, route: &Named<'_, P>, parents: &[ParentRef], known: &Known<'_>, rules: Vec<E>) {
+        if rules.is_empty() {
+            return;
+        }
+        for (key, is_consumer) in attached_to(&route.name, parents, known) {
+            let entries = self.0.entry(key).or_insert_with(|| Entries {
+                producers: Vec::new(),
+                consumers: HashMap::new(),
+            });
+            let list = if is_consumer {
+                entries.consumers.entry(route.name.namespace.clone()).or_default()
+            } else {
+                &mut entries.producers
+            };
+            list.extend_from_slice(&rules);
+        }
+    }
+}
+
+fn age<P>(route: &Named<'_, P>) -> RouteAge {
+    RouteAge {
+        created: route.created,
+        name: route.name.clone(),
+    }
 }
 
 /// The service ports that a route is attached to, each once, and whether it is a consumer route there.
-fn attached_to(route: &Named<'_, HttpRoute>, known: &Known<'_>) -> Vec<(BackendKey, bool)> {
+fn attached_to(route: &ObjectName, parents: &[ParentRef], known: &Known<'_>) -> Vec<(BackendKey, bool)> {
     let mut attached: Vec<(BackendKey, bool)> = Vec::new();
-    for parent in route.spec.parent_refs.iter().filter(|parent| parent.is_service()) {
-        let namespace = parent.namespace.as_deref().unwrap_or(&route.name.namespace);
+    for parent in parents.iter().filter(|parent| parent.is_service()) {
+        let namespace = parent.namespace.as_deref().unwrap_or(&route.namespace);
         let Some(service) = known.services.get(&(namespace, parent.name.as_str())) else {
             continue;
         };
@@ -87,7 +165,7 @@ fn attached_to(route: &Named<'_, HttpRoute>, known: &Known<'_>) -> Vec<(BackendK
                 subset: None,
             };
             if !attached.iter().any(|(other, _)| *other == key) {
-                attached.push((key, *service.name.namespace != *route.name.namespace));
+                attached.push((key, *service.name.namespace != *route.namespace));
             }
         }
     }
@@ -99,103 +177,171 @@ fn parent_means(parent: &ParentRef, port: &ServicePort) -> bool {
         && parent.section_name.as_deref().is_none_or(|name| *port.name == *name)
 }
 
-fn compile_route(route: &Named<'_, HttpRoute>, known: &Known<'_>) -> Vec<TableEntry> {
-    let compile_rule = |(rule_index, rule): (usize, &HttpRouteRule)| TableEntry {
-        age: RouteAge {
-            created: route.created,
-            name: route.name.clone(),
-        },
-        rule_index,
-        matches: rule.matches.clone(),
-        rule: compile_rule(&route.name, rule_index, rule, known),
+fn http_entry(
+    known: &Known<'_>,
+    route: &Named<'_, policy::HttpRoute>,
+    index: usize,
+    rule: &HttpRouteRule,
+) -> TableEntry {
+    let from = From {
+        kind: Kind::HttpRoute,
+        route: &route.name,
+        parents: &route.spec.parent_refs,
+        known,
     };
-    route.spec.rules.iter().enumerate().map(compile_rule).collect()
-}
-
-fn compile_rule(route: &ObjectName, index: usize, rule: &HttpRouteRule, known: &Known<'_>) -> RouteRule {
-    let name = rule.name.clone().unwrap_or_else(|| index.to_string());
-    let edits = Edits::of(&rule.filters);
-    let action = match edits.redirect {
-        Some(redirect) => RouteAction::Redirect(redirect),
-        None => RouteAction::Forward(
-            rule.backend_refs
-                .iter()
-                .map(|b| weighted(&route.namespace, b, known))
-                .collect(),
-        ),
-    };
-    RouteRule {
-        id: RuleId::new(&format!("httproute/{route}/{name}")),
-        matched_prefix: "/".into(),
-        action,
+    let compiled = RouteRule {
         request_timeout: rule.timeouts.request.map(|t| t.as_std()),
         backend_timeout: rule.timeouts.backend_request.map(|t| t.as_std()),
         retry: rule.retry.as_ref().map(|retry| Arc::new(route_retry_settings(retry))),
-        request_headers: edits.request,
-        response_headers: edits.response,
-        rewrite: edits.rewrite,
+        ..from.rule(index, rule.name.as_deref(), &rule.filters, &rule.backend_refs)
+    };
+    TableEntry {
+        age: age(route),
+        rule_index: index,
+        matches: Matches::Http(rule.matches.clone()),
+        rule: compiled,
     }
 }
 
-fn weighted(namespace: &Arc<str>, wanted: &BackendRef, known: &Known<'_>) -> WeightedBackend {
-    let edits = Edits::of(&wanted.filters);
-    WeightedBackend {
-        weight: wanted.weight,
-        backend: find_backend(namespace, &wanted.target, known),
-        request_headers: edits.request,
-        response_headers: edits.response,
-    }
-}
-
-fn find_backend(
-    namespace: &Arc<str>,
-    wanted: &BackendTarget,
+fn grpc_entry(
     known: &Known<'_>,
-) -> Result<Arc<super::Backend>, BadBackend> {
-    let name = ObjectName {
-        namespace: namespace.clone(),
-        name: wanted.name.as_str().into(),
+    route: &Named<'_, policy::GrpcRoute>,
+    index: usize,
+    rule: &GrpcRouteRule,
+) -> TableEntry {
+    let from = From {
+        kind: Kind::GrpcRoute,
+        route: &route.name,
+        parents: &route.spec.parent_refs,
+        known,
     };
-    let (service, subset) = match wanted.kind {
-        BackendKind::Service => (wanted.name.as_str(), None),
-        BackendKind::ServiceSubset => match known.subsets.get(&(&**namespace, wanted.name.as_str())) {
-            Some(service) => (*service, Some(name.name.clone())),
-            None => return Err(BadBackend::NoSubset(name)),
-        },
-    };
-    let Some(service) = known
-        .services
-        .get(&(&**namespace, service))
-        .map(|service| service.name.clone())
-    else {
-        return Err(if subset.is_none() {
-            BadBackend::NoService(name)
-        } else {
-            BadBackend::NoSubset(name)
-        });
-    };
-    let key = BackendKey {
-        service: service.clone(),
-        port: wanted.port,
-        subset,
-    };
-    known.backends.get(&key).cloned().ok_or(BadBackend::NoPort {
-        service,
-        port: wanted.port,
-    })
+    TableEntry {
+        age: age(route),
+        rule_index: index,
+        matches: Matches::Grpc(rule.matches.clone()),
+        rule: from.rule(index, rule.name.as_deref(), &rule.filters, &rule.backend_refs),
+    }
 }
 
-/// The filters of a rule or backend, each kind at most once.
+fn flow_rule(from: &From<'_>, index: usize, rule: &L4RouteRule) -> FlowRule {
+    FlowRule {
+        id: from.rule_id(index, rule.name.as_deref()),
+        backends: rule.backend_refs.iter().map(|backend| from.weighted(backend)).collect(),
+    }
+}
+
+/// A route whose rules are compiled.
+struct From<'a> {
+    kind: Kind,
+    route: &'a ObjectName,
+    parents: &'a [ParentRef],
+    known: &'a Known<'a>,
+}
+
+impl From<'_> {
+    fn rule_id(&self, index: usize, name: Option<&str>) -> RuleId {
+        let kind = self.kind.as_str().to_ascii_lowercase();
+        let name = name.map_or_else(|| index.to_string(), str::to_owned);
+        RuleId::new(&format!("{kind}/{}/{name}", self.route))
+    }
+
+    fn rule(
+        &self,
+        index: usize,
+        name: Option<&str>,
+        filters: &[HttpRouteFilter],
+        backends: &[BackendRef],
+    ) -> RouteRule {
+        let edits = Edits::of(filters);
+        let action = match edits.redirect {
+            Some(redirect) => RouteAction::Redirect(redirect),
+            None => RouteAction::Forward(backends.iter().map(|backend| self.weighted(backend)).collect()),
+        };
+        let mirrors = edits.mirrors.into_iter().map(|mirror| Mirror {
+            numerator: mirror.fraction.numerator,
+            denominator: mirror.fraction.denominator.max(1),
+            backend: self.backend(&mirror.backend_ref),
+        });
+        RouteRule {
+            id: self.rule_id(index, name),
+            matched_prefix: "/".into(),
+            action,
+            request_timeout: None,
+            backend_timeout: None,
+            retry: None,
+            request_headers: edits.request,
+            response_headers: edits.response,
+            rewrite: edits.rewrite,
+            mirrors: mirrors.collect(),
+            cors: edits.cors,
+        }
+    }
+
+    fn weighted(&self, wanted: &BackendRef) -> WeightedBackend {
+        let edits = Edits::of(&wanted.filters);
+        WeightedBackend {
+            weight: wanted.weight,
+            backend: self.backend(&wanted.target),
+            request_headers: edits.request,
+            response_headers: edits.response,
+        }
+    }
+
+    fn backend(&self, wanted: &BackendTarget) -> Result<Arc<super::Backend>, BadBackend> {
+        let known = self.known;
+        let own = &*self.route.namespace;
+        let namespace = wanted.namespace.as_deref().unwrap_or(own);
+        let name = ObjectName::new(namespace, &wanted.name);
+        if wanted.needs_grant(own, self.parents)
+            && !known
+                .grants
+                .permits(self.kind, own, wanted.kind, namespace, &wanted.name)
+        {
+            return Err(BadBackend::NotPermitted(name));
+        }
+        let (service, subset) = match wanted.kind {
+            BackendKind::Service => (wanted.name.as_str(), None),
+            BackendKind::ServiceSubset => match known.subsets.get(&(namespace, wanted.name.as_str())) {
+                Some(service) => (*service, Some(name.name.clone())),
+                None => return Err(BadBackend::NoSubset(name)),
+            },
+        };
+        let Some(service) = known
+            .services
+            .get(&(namespace, service))
+            .map(|service| service.name.clone())
+        else {
+            return Err(if subset.is_none() {
+                BadBackend::NoService(name)
+            } else {
+                BadBackend::NoSubset(name)
+            });
+        };
+        let key = BackendKey {
+            service: service.clone(),
+            port: wanted.port,
+            subset,
+        };
+        known.backends.get(&key).cloned().ok_or(BadBackend::NoPort {
+            service,
+            port: wanted.port,
+        })
+    }
+}
+
+/// The filters of a rule or backend, each kind but mirrors at most once.
 #[derive(Default)]
-struct Edits {
+struct Edits<'a> {
     request: HeaderEdit,
     response: HeaderEdit,
     redirect: Option<RedirectSpec>,
     rewrite: Option<Rewrite>,
+    mirrors: Vec<&'a policy::RequestMirror>,
+    cors: Option<Arc<Cors>>,
 }
 
-impl Edits {
-    fn of(filters: &[HttpRouteFilter]) -> Edits {
+impl Edits<'_> {
+    fn of(filters: &[HttpRouteFilter]) -> Edits<'_> {
         let mut edits = Edits::default();
         for filter in filters {
             match filter {
@@ -203,7 +349,8 @@ impl Edits {
                 HttpRouteFilter::ResponseHeaderModifier(change) => edits.response = header_edit(change),
                 HttpRouteFilter::RequestRedirect(redirect) => edits.redirect = Some(redirect_spec(redirect)),
                 HttpRouteFilter::UrlRewrite(rewrite) => edits.rewrite = Some(rewrite_spec(rewrite)),
-                HttpRouteFilter::RequestMirror(_) | HttpRouteFilter::Cors(_) => {}
+                HttpRouteFilter::RequestMirror(mirror) => edits.mirrors.push(mirror),
+                HttpRouteFilter::Cors(cors) => edits.cors = Some(Arc::new(cors.clone())),
             }
         }
         edits

@@ -5,6 +5,7 @@
 
 mod access;
 mod explain;
+mod gateway_api;
 mod limits;
 mod properties;
 mod routes;

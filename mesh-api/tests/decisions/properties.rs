@@ -14,8 +14,8 @@ use mesh_api::{
     request::Request,
     resilience::TrafficSettings,
     route::{
-        HeaderEdit, PathModifier, RedirectSpec, Rewrite, RouteAction, RouteAge, RouteChoice, RouteRule, RouteTable,
-        TableEntry, WeightedBackend, redirect_location, rewrite_path, select,
+        HeaderEdit, Matches, PathModifier, RedirectSpec, Rewrite, RouteAction, RouteAge, RouteChoice, RouteRule,
+        RouteTable, TableEntry, WeightedBackend, redirect_location, rewrite_path, select,
     },
     workload::{AppProtocol, ObjectName, Revision, Service},
 };
@@ -86,7 +86,7 @@ fn any_entries() -> impl Strategy<Value = Vec<TableEntry>> {
                 entries.push(TableEntry {
                     age: RouteAge { created, name },
                     rule_index,
-                    matches,
+                    matches: Matches::Http(matches),
                     rule,
                 });
             }
@@ -152,10 +152,9 @@ fn oracle(entries: &[TableEntry], request: &PlainRequest) -> Option<String> {
     let everything = [HttpRouteMatch::default()];
     let mut found = Vec::new();
     for entry in entries {
-        let matches = if entry.matches.is_empty() {
-            &everything[..]
-        } else {
-            &entry.matches
+        let matches = match &entry.matches {
+            Matches::Http(matches) if !matches.is_empty() => &**matches,
+            _ => &everything[..],
         };
         for one in matches.iter().filter(|one| holds(one, request)) {
             let path = match &one.path {

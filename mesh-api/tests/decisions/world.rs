@@ -125,8 +125,13 @@ spec: {service: cart, labels: {version: v2}}
 
 /// The view of the world with more documents in it.
 pub fn view(documents: &str) -> View {
+    view_of(&[("world.yaml", WORLD), ("test.yaml", documents)])
+}
+
+/// The view of these sources of documents alone.
+pub fn view_of(sources: &[(&str, &str)]) -> View {
     let mut set = DocumentSet::new();
-    for (source, text) in [("world.yaml", WORLD), ("test.yaml", documents)] {
+    for (source, text) in sources {
         let parsed = parse(source, text).unwrap_or_else(|problems| {
             let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
             panic!("{}", problems.join("\n"))
