@@ -61,6 +61,17 @@ pub struct Session {
     superseded: CancellationToken,
 }
 
+/// What a connected agent holds and refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The revision that it holds.
+    pub held: Revision,
+    /// The revision that it refused last; 0 once it holds a later one.
+    pub nacked: Revision,
+    /// Why.
+    pub reason: String,
+}
+
 /// How far a revision has come.
 #[derive(Debug, Default)]
 pub struct Progress {
@@ -185,6 +196,32 @@ impl Agents {
                 .map(|(node, agent)| (node.clone(), agent.to_wire(node))),
         );
         all.into_values().collect()
+    }
+
+    /// What each connected agent holds, by node.
+    pub fn standing(&self) -> BTreeMap<String, Standing> {
+        let state = self.state.lock();
+        let connected = state.agents.iter().filter(|(_, agent)| agent.session != 0);
+        let standing = connected.map(|(node, agent)| {
+            let standing = Standing {
+                held: agent.held,
+                nacked: agent.nacked,
+                reason: agent.nack_reason.clone(),
+            };
+            (node.clone(), standing)
+        });
+        standing.collect()
+    }
+
+    /// The pods of connected agents that `concerns` picks, with their nodes.
+    pub fn pods(&self, concerns: impl Fn(&PodReport) -> bool) -> Vec<(String, PodReport)> {
+        let state = self.state.lock();
+        let connected = state.agents.iter().filter(|(_, agent)| agent.session != 0);
+        let pods = connected.flat_map(|(node, agent)| {
+            let pods = agent.pods.iter().filter(|pod| concerns(pod));
+            pods.map(|pod| (node.clone(), pod.clone()))
+        });
+        pods.collect()
     }
 
     /// How many agents are connected, and how many of them hold less than `revision`.

@@ -65,6 +65,18 @@ pub struct Cluster {
     synced: watch::Sender<bool>,
 }
 
+/// What statuses are computed from, for as long as a look takes.
+pub struct Known<'a> {
+    /// The documents.
+    pub set: &'a DocumentSet,
+    /// The API server's side of those whose status we write.
+    pub objects: &'a BTreeMap<DocumentKey, ObjectState>,
+    /// The revision that brought each policy's present form.
+    pub brought: &'a BTreeMap<DocumentKey, Revision>,
+    /// The newest revision.
+    pub current: &'a Compiled,
+}
+
 impl Cluster {
     /// An empty one.
     pub fn new(trust_domain: TrustDomain, metrics: Arc<Metrics>) -> Cluster {
@@ -103,6 +115,17 @@ impl Cluster {
     /// Whether every kind has been seen whole.
     pub fn synced(&self) -> watch::Receiver<bool> {
         self.synced.subscribe()
+    }
+
+    /// Looks at what is known. Changes wait for as long as that takes.
+    pub fn look<T>(&self, at: impl FnOnce(&Known<'_>) -> T) -> T {
+        let state = self.state.read();
+        at(&Known {
+            set: &state.set,
+            objects: &state.objects,
+            brought: &state.brought,
+            current: &state.current,
+        })
     }
 
     /// Takes notes until nobody writes any. `leading` carries the numbers of the term that this replica leads.

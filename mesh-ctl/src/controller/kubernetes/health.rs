@@ -51,6 +51,7 @@ pub struct Metrics {
     watch_errors: Family<ByKind, Counter>,
     unreadable: Gauge,
     status_writes: Family<ByResult, Counter>,
+    not_captured: Gauge,
     ca_expires: Gauge,
 }
 
@@ -74,6 +75,7 @@ impl Metrics {
             watch_errors: Family::default(),
             unreadable: Gauge::default(),
             status_writes: Family::default(),
+            not_captured: Gauge::default(),
             ca_expires: Gauge::default(),
         };
         let m = &metrics;
@@ -97,6 +99,8 @@ impl Metrics {
             "Objects that cannot be read",
             m.unreadable.clone(),
         );
+        let help = "Pods that should be captured and are not, with a reason";
+        registry.register("pods_not_captured", help, m.not_captured.clone());
         registry.register("status_writes", "Writes of objects' status", m.status_writes.clone());
         let help = "When the signing certificate expires, in seconds since 1970";
         registry.register("ca_expires_timestamp_seconds", help, m.ca_expires.clone());
@@ -152,6 +156,11 @@ impl Metrics {
     pub fn agents(&self, connected: usize, behind: usize) {
         self.agents.set(connected as i64);
         self.agents_behind.set(behind as i64);
+    }
+
+    /// So many pods should be captured and are not.
+    pub fn not_captured(&self, count: usize) {
+        self.not_captured.set(count as i64);
     }
 
     /// A status was written, or could not be.

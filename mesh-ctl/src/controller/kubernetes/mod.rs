@@ -5,9 +5,12 @@
 //! Secret, the trust bundle's ConfigMap. A replica that cannot renew the Lease serves nobody.
 
 mod cluster;
+mod events;
 mod health;
 mod join;
 mod leader;
+mod status;
+mod status_writer;
 mod trust;
 mod watch;
 
@@ -264,10 +267,24 @@ impl Leader {
             self.cluster.clone(),
             self.metrics.clone(),
         )));
-        during(Box::pin(count_agents(
-            agents,
-            self.cluster.clone(),
-            self.metrics.clone(),
+        let common = || (self.cluster.clone(), agents.clone(), self.metrics.clone());
+        let (cluster, known, metrics) = common();
+        during(Box::pin(count_agents(known, cluster, metrics)));
+        let (cluster, known, metrics) = common();
+        during(Box::pin(status_writer::run(
+            self.client.clone(),
+            cluster,
+            known,
+            metrics,
+        )));
+        let (cluster, known, metrics) = common();
+        let instance = identity(&self.config.cluster);
+        during(Box::pin(events::run(
+            self.client.clone(),
+            instance,
+            cluster,
+            known,
+            metrics,
         )));
         self.metrics.serves(true);
         let summary = self.cluster.summary();
