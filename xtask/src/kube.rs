@@ -5,7 +5,9 @@
 //! run beside each other.
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     time::Instant,
@@ -16,9 +18,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use mesh_tests::cluster::{self, Cluster};
 
 use crate::{
-    conform,
+    build, conform,
     image::{self, Files, Image, Platform},
-    setup, shell,
+    setup, shell, test_image,
 };
 
 /// The version that the cluster's programs are built from and report; `tests/kube/kubebin/go.mod` says the same.
@@ -80,8 +82,24 @@ enum Verb {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// Builds the mesh's images and the test image, puts them onto every node and installs the mesh.
+    Install(Install),
     /// Runs the Gateway API's conformance suite for meshes.
     Conform(conform::Options),
+}
+
+/// How to install the mesh.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Install {
+    /// With optimizations, as it is deployed.
+    #[arg(long)]
+    pub release: bool,
+    /// Only the images, without the mesh.
+    #[arg(long)]
+    pub images_only: bool,
+    /// More arguments for `mesh-ctl install`.
+    #[arg(last = true)]
+    pub arguments: Vec<String>,
 }
 
 /// How to start a cluster.
@@ -136,8 +154,9 @@ pub enum Channel {
 pub fn run(options: Options) -> Result<ExitCode> {
     match options.verb {
         Verb::Build => build()?,
-        Verb::Up(options) => up(&options)?,
-        Verb::Down => down()?,
+        Verb::Up(options) => up(&cluster::name(), &options)?,
+        Verb::Down => down(&cluster::name())?,
+        Verb::Install(options) => install(&cluster::name(), &options)?,
         Verb::Conform(options) => return conform::run(&options),
         verb => {
             if let Some(code) = shell::again_as_root()? {
@@ -174,7 +193,9 @@ fn with_cluster(cluster: &Cluster, verb: Verb) -> Result<ExitCode> {
             }
             return Ok(ExitCode::SUCCESS);
         }
-        Verb::Build | Verb::Up(_) | Verb::Down | Verb::Conform(_) => bail!("this verb needs no running cluster"),
+        Verb::Build | Verb::Up(_) | Verb::Down | Verb::Install(_) | Verb::Conform(_) => {
+            bail!("this verb needs no running cluster")
+        }
     };
     Ok(shell::exit(
         command
@@ -198,7 +219,7 @@ pub fn cache() -> Result<PathBuf> {
 }
 
 /// A script of `tests/kube`, as root.
-fn script(name: &str, settings: &[(&str, &str)]) -> Result<()> {
+fn script(name: &str, cluster: &str, settings: &[(&str, &str)]) -> Result<()> {
     let mut command = shell::root_command("env")?;
     let mut pair = |name: &str, value: &std::ffi::OsStr| {
         let mut text = std::ffi::OsString::from(format!("{name}="));
@@ -207,7 +228,7 @@ fn script(name: &str, settings: &[(&str, &str)]) -> Result<()> {
     };
     pair("PATH", &shell::root_path());
     pair(CACHE_VARIABLE, cache()?.as_os_str());
-    pair(cluster::NAME_VARIABLE, cluster::name().as_ref());
+    pair(cluster::NAME_VARIABLE, cluster.as_ref());
     for (name, value) in settings {
         pair(name, value.as_ref());
     }
@@ -216,7 +237,7 @@ fn script(name: &str, settings: &[(&str, &str)]) -> Result<()> {
 }
 
 /// Starts the cluster.
-pub fn up(options: &Up) -> Result<()> {
+pub fn up(name: &str, options: &Up) -> Result<()> {
     setup::check_kernel()?;
     if !options.no_build {
         build()?;
@@ -236,12 +257,47 @@ pub fn up(options: &Up) -> Result<()> {
         ("PROXY_MODE", proxy_mode),
         ("GATEWAY_CHANNEL", channel),
     ];
-    script("up", &settings)
+    script("up", name, &settings)
 }
 
 /// Removes the cluster.
-pub fn down() -> Result<()> {
-    script("down", &[])
+pub fn down(name: &str) -> Result<()> {
+    script("down", name, &[])
+}
+
+/// Builds the mesh's images, puts them onto the nodes of a running cluster and installs the mesh by its own command.
+pub fn install(name: &str, options: &Install) -> Result<()> {
+    let programs = build::programs(&build::Options {
+        release: options.release,
+    })?;
+    let mut images = image::write_all(&image::Options::local(!options.release))?;
+    images.push(test_image::write(&programs, &cache()?)?);
+    let started = Instant::now();
+    let mut load = vec![OsString::from("load")];
+    load.extend(images.iter().map(|path| path.clone().into_os_string()));
+    as_root(name, &load)?;
+    if options.images_only {
+        return Ok(());
+    }
+    let mut enter = vec![
+        OsString::from("enter"),
+        programs.join("mesh-ctl").into(),
+        "install".into(),
+    ];
+    enter.extend(options.arguments.iter().map(OsString::from));
+    as_root(name, &enter)?;
+    println!("the mesh is installed after {}", shell::time(started.elapsed()));
+    Ok(())
+}
+
+/// One of these verbs as root, for a cluster.
+fn as_root(name: &str, words: &[OsString]) -> Result<()> {
+    let mut command = shell::root_command("env")?;
+    let mut path = OsString::from("PATH=");
+    path.push(shell::root_path());
+    command.arg(path).arg(format!("{}={name}", cluster::NAME_VARIABLE));
+    command.arg(env::current_exe()?).arg("kube").args(words);
+    shell::run(&mut command)
 }
 
 /// Builds what `up` starts.

@@ -16,6 +16,7 @@ mod setup;
 mod shell;
 mod supply;
 mod test;
+mod test_image;
 mod tidy;
 
 use std::process::ExitCode;

@@ -5,6 +5,7 @@
 //! Tests named `kube_*` get the run's cluster from [`Cluster::shared`]; they need root and a running cluster, say so
 //! when they have none, and never skip. What a test creates it removes: a [`Scope`] is a namespace that goes with it.
 
+pub mod conformance;
 mod scope;
 mod wire;
 
@@ -270,7 +271,7 @@ impl Cluster {
 
     /// The name of the mesh's agent pod on a node (`node1`).
     pub fn agent_pod(&self, node: &str) -> Result<String> {
-        let pods = self.list(SYSTEM, "pods", "app.kubernetes.io/name=nodemesh-agent")?;
+        let pods = self.list(SYSTEM, "pods", "app.kubernetes.io/component=agent")?;
         let running = pods.iter().find(|pod| {
             pod["spec"]["nodeName"] == node
                 && pod["metadata"]["deletionTimestamp"].is_null()

@@ -41,6 +41,18 @@ pub struct Options {
     pub out: Option<PathBuf>,
 }
 
+impl Options {
+    /// Images for the clusters of this machine.
+    pub fn local(dev: bool) -> Options {
+        Options {
+            registry: "localhost/nodemesh".into(),
+            tag: "dev".into(),
+            dev,
+            out: None,
+        }
+    }
+}
+
 struct Part {
     /// The image's last name, and the file's.
     name: &'static str,
@@ -62,7 +74,7 @@ const PARTS: [Part; 2] = [
         name: "controller",
         package: "mesh-ctl",
         title: "Nodemesh controller and command line",
-        user: "65534:65534",
+        user: "65532:65532",
     },
 ];
 

@@ -12,6 +12,9 @@ use anyhow::{Context, Result, ensure};
 
 use crate::shell;
 
+/// Whom an image knows by name.
+const USERS: [(&str, u32); 3] = [("root", 0), ("nonroot", 65532), ("nobody", 65534)];
+
 /// What lies at a path of an image.
 #[derive(Clone, Debug)]
 pub enum Content {
@@ -109,11 +112,29 @@ impl Files {
         Ok(())
     }
 
+    /// Moves what is below /bin, /lib, /lib64 and /sbin to /usr and links there, as Debian has it: a file that is named
+    /// by both of its paths is in the image once.
+    pub fn move_into_usr(&mut self) {
+        for top in ["bin", "lib", "lib64", "sbin"] {
+            let below = format!("{top}/");
+            let paths: Vec<String> = self.0.keys().filter(|path| path.starts_with(&below)).cloned().collect();
+            for path in paths {
+                if let Some(entry) = self.0.remove(&path) {
+                    self.0.insert(format!("usr/{path}"), entry);
+                }
+            }
+            self.directory(&format!("usr/{top}"), 0o755);
+            self.link(top, &format!("usr/{top}"));
+        }
+    }
+
     /// What every image has: users by name, and where names are looked up.
     pub fn base(&mut self) {
-        let users = "root:x:0:0:root:/:/nologin\nnobody:x:65534:65534:nobody:/:/nologin\n";
+        let line = |(name, id): (&str, u32)| format!("{name}:x:{id}:{id}:{name}:/:/nologin\n");
+        let users: String = USERS.map(line).concat();
+        let groups: String = USERS.map(|(name, id)| format!("{name}:x:{id}:\n")).concat();
         self.bytes("etc/passwd", 0o644, users);
-        self.bytes("etc/group", 0o644, "root:x:0:\nnobody:x:65534:\n");
+        self.bytes("etc/group", 0o644, groups);
         self.bytes("etc/nsswitch.conf", 0o644, "hosts: files dns\n");
         self.directory("tmp", 0o1777);
     }
