@@ -10,6 +10,7 @@ mod demo;
 mod fuzz;
 mod generate;
 mod image;
+mod kernels;
 mod kube;
 mod lab;
 mod setup;
@@ -46,6 +47,8 @@ enum Verb {
     Lab(lab::Options),
     /// A real Kubernetes on this machine, and the Gateway API's conformance suite.
     Kube(kube::Options),
+    /// Runs the kernel and end-to-end tests in virtual machines with other kernels.
+    Kernels(kernels::Options),
     /// Writes OCI images of the agent and the controller, without docker.
     Image(image::Options),
     /// Compares the mesh with direct connections: latency, rates, bandwidth, CPU, memory.
@@ -82,6 +85,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Test(options) => test::run(&options),
         Verb::Lab(options) => lab::run(options),
         Verb::Kube(options) => kube::run(options),
+        Verb::Kernels(options) => kernels::run(&options),
         Verb::Image(options) => image::run(&options),
         Verb::Bench(options) => bench::run(&options),
         Verb::Tidy(options) => tidy::run(&options),

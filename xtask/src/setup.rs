@@ -72,19 +72,30 @@ pub fn ensure_all() -> Result<bool> {
     Ok(linker || !packages.is_empty())
 }
 
+/// Installs what is missing of these packages, which only one verb needs.
+pub fn ensure(packages: &[&str]) -> Result<()> {
+    let missing: Vec<&str> = packages
+        .iter()
+        .copied()
+        .filter(|package| !is_installed(package))
+        .collect();
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
+}
+
+fn is_installed(package: &str) -> bool {
+    let query = Command::new("dpkg-query")
+        .args(["-W", "-f", "${db:Status-Status}", package])
+        .output();
+    query.is_ok_and(|output| output.stdout == b"installed")
+}
+
 fn missing_packages() -> Vec<&'static str> {
-    let installed = |package: &str| {
-        let query = Command::new("dpkg-query")
-            .args(["-W", "-f", "${db:Status-Status}", package])
-            .output();
-        query.is_ok_and(|output| output.stdout == b"installed")
-    };
     BUILD
         .iter()
         .chain(LAB)
         .chain(KUBE)
         .copied()
-        .filter(|package| !installed(package))
+        .filter(|package| !is_installed(package))
         .collect()
 }
 

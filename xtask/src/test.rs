@@ -28,14 +28,14 @@ pub struct Options {
 
 /// The sums over test programs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counts {
-    passed: u64,
-    failed: u64,
-    ignored: u64,
+pub struct Counts {
+    pub passed: u64,
+    pub failed: u64,
+    pub ignored: u64,
 }
 
 impl Counts {
-    fn add(&mut self, other: Counts) {
+    pub fn add(&mut self, other: Counts) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.ignored += other.ignored;
@@ -97,14 +97,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-struct TestProgram {
-    name: String,
-    kind: String,
-    program: PathBuf,
-    package: PathBuf,
+/// A test program that cargo built.
+pub struct TestProgram {
+    pub name: String,
+    pub kind: String,
+    pub program: PathBuf,
+    /// Its package's directory, in which it runs.
+    pub package: PathBuf,
 }
 
-fn build_tests() -> Result<Vec<TestProgram>> {
+/// Builds every test program of the workspace.
+pub fn build_tests() -> Result<Vec<TestProgram>> {
     let mut command = shell::cargo();
     command.args([
         "test",
@@ -176,7 +179,7 @@ fn count(mut command: Command) -> Result<(Counts, bool)> {
 }
 
 /// Reads `test result: ok. 8 passed; 0 failed; 0 ignored; …`.
-fn result_line(line: &str) -> Option<Counts> {
+pub fn result_line(line: &str) -> Option<Counts> {
     let rest = line.trim().strip_prefix("test result: ")?;
     let number = |word: &str| {
         let before = rest.split(';').find_map(|part| part.trim().strip_suffix(word))?;
