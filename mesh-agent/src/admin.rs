@@ -25,7 +25,7 @@ use mesh_api::view::View;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
+    net::{TcpListener, TcpStream, UnixListener},
     sync::Semaphore,
     task::JoinSet,
 };
@@ -41,6 +41,8 @@ pub const CONNECTIONS_MAX: usize = 64;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time that a whole connection may live.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long a TCP port that is in use is left alone before it is tried again.
+const PORT_RETRY: Duration = Duration::from_millis(100);
 /// How long an agent may take to answer [`ask`].
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// The longest answer that [`ask`] takes.
@@ -72,10 +74,17 @@ pub struct Admin {
 /// The server with its sockets.
 pub struct Bound {
     admin: Arc<Admin>,
-    metrics: TcpListener,
-    health: TcpListener,
+    metrics: Port,
+    health: Port,
     socket: UnixListener,
     socket_path: PathBuf,
+}
+
+/// A TCP port: ours, or not ours yet because the agent before us still has it, or not ours any more.
+struct Port {
+    address: SocketAddr,
+    listener: Option<TcpListener>,
+    wanted: bool,
 }
 
 /// Which listener a request came to.
@@ -108,12 +117,13 @@ impl Admin {
         self
     }
 
-    /// Takes the addresses, in the calling thread's network namespace.
-    pub async fn bind(self, config: &AdminConfig) -> io::Result<Bound> {
+    /// Takes the addresses, in the calling thread's network namespace. If `patient`, TCP ports that are in use are taken
+    /// later, as soon as the agent before this one lets go of them.
+    pub async fn bind(self, config: &AdminConfig, patient: bool) -> io::Result<Bound> {
         Ok(Bound {
             admin: Arc::new(self),
-            metrics: bind_tcp(config.metrics).await?,
-            health: bind_tcp(config.health).await?,
+            metrics: Port::bind(config.metrics, patient).await?,
+            health: Port::bind(config.health, patient).await?,
             socket: bind_unix(&config.socket)?,
             socket_path: config.socket.clone(),
         })
@@ -210,10 +220,50 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+impl Port {
+    async fn bind(address: SocketAddr, patient: bool) -> io::Result<Port> {
+        let listener = match bind_tcp(address).await {
+            Ok(listener) => Some(listener),
+            Err(error) if patient && error.kind() == io::ErrorKind::AddrInUse => {
+                tracing::info!(%address, "in use: taken as soon as the agent before this one lets go");
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Port {
+            address,
+            listener,
+            wanted: true,
+        })
+    }
+
+    /// The next connection; waits for the port first.
+    async fn accept(&mut self) -> io::Result<TcpStream> {
+        loop {
+            match &self.listener {
+                Some(listener) => return Ok(listener.accept().await?.0),
+                None if self.wanted => {
+                    tokio::time::sleep(PORT_RETRY).await;
+                    self.listener = bind_tcp(self.address).await.ok();
+                }
+                None => return std::future::pending().await,
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        (self.listener, self.wanted) = (None, false);
+    }
+}
+
 impl Bound {
     /// The TCP addresses that were taken: metrics, health.
     pub fn addresses(&self) -> io::Result<(SocketAddr, SocketAddr)> {
-        Ok((self.metrics.local_addr()?, self.health.local_addr()?))
+        let address = |port: &Port| match &port.listener {
+            Some(listener) => listener.local_addr(),
+            None => Err(io::ErrorKind::AddrInUse.into()),
+        };
+        Ok((address(&self.metrics)?, address(&self.health)?))
     }
 
     /// The unix socket's path.
@@ -221,8 +271,9 @@ impl Bound {
         &self.socket_path
     }
 
-    /// Serves until dropped.
-    pub async fn run(self) {
+    /// Serves until dropped; on the TCP ports until `release`, so that the next agent can have them.
+    pub async fn run(mut self, release: impl Future<Output = ()>) {
+        let (mut release, mut released) = (std::pin::pin!(release), false);
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let mut connections = JoinSet::new();
         loop {
@@ -231,8 +282,14 @@ impl Bound {
                 return;
             };
             let accepted = tokio::select! {
-                accepted = self.metrics.accept() => accepted.map(|(stream, _)| (Door::Metrics, Either::Tcp(stream))),
-                accepted = self.health.accept() => accepted.map(|(stream, _)| (Door::Health, Either::Tcp(stream))),
+                () = &mut release, if !released => {
+                    released = true;
+                    self.metrics.release();
+                    self.health.release();
+                    continue;
+                }
+                accepted = self.metrics.accept() => accepted.map(|stream| (Door::Metrics, Either::Tcp(stream))),
+                accepted = self.health.accept() => accepted.map(|stream| (Door::Health, Either::Tcp(stream))),
                 accepted = self.socket.accept() => accepted.map(|(stream, _)| (Door::Debug, Either::Unix(stream))),
             };
             while connections.try_join_next().is_some() {}
@@ -258,7 +315,7 @@ impl Bound {
 }
 
 enum Either {
-    Tcp(tokio::net::TcpStream),
+    Tcp(TcpStream),
     Unix(tokio::net::UnixStream),
 }
 
@@ -448,11 +505,11 @@ mod tests {
                 }
             })
             .page("/debug/pods", || json!([{"pod": "shop/cart"}]));
-        let bound = admin.bind(&config).await.unwrap();
+        let bound = admin.bind(&config, false).await.unwrap();
         let (metrics, health) = bound.addresses().unwrap();
         let mode = fs::metadata(&config.socket).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        let serving = tokio::spawn(bound.run());
+        let serving = tokio::spawn(bound.run(std::future::pending()));
 
         let tcp = async |address: SocketAddr, path: &str| {
             get(tokio::net::TcpStream::connect(address).await.unwrap(), path).await

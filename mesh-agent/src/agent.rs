@@ -4,7 +4,15 @@
 //! admin ports. Data workers are threads of their own; it speaks to them by commands. At the end listeners close, what
 //! runs may finish, and the kernel side stays pinned: pods remain guarded until the next agent comes.
 
-use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use mesh_api::{
@@ -15,7 +23,7 @@ use mesh_api::{
 use serde_json::json;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
 };
 
 use crate::{
@@ -27,7 +35,7 @@ use crate::{
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
     kernel::{self, Kernel, KernelConfig, node_addresses},
     net::SystemClock,
-    pods::{PodStatus, Pods, WorkerCommand},
+    pods::{Leave, PodStatus, Pods, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
     view::{AgentReport, SyncConfig, SyncHealth, ViewStore, ViewSync},
     worker::Shared,
@@ -35,6 +43,10 @@ use crate::{
 
 /// How long a pod that could not be captured waits for another try.
 const POD_RETRY: Duration = Duration::from_secs(1);
+/// How often the keeper is looked after.
+const KEEPER_LOOK: Duration = Duration::from_secs(1);
+/// How long a keeper may take to be there at the start: what it holds must not be made a second time.
+const KEEPER_START: Duration = Duration::from_secs(5);
 /// How often series of gone peers are looked for, and the report to the controller is refreshed.
 const HOUSEKEEPING: Duration = Duration::from_secs(30);
 
@@ -77,7 +89,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let traffic = Traffic::new();
 
     let (senders, receivers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| mpsc::channel(COMMANDS_MAX)).unzip();
-    let pods = Pods::new(kernel.clone(), senders.clone())?;
+    let pods = pods(&config, &kernel, &senders).await?;
     let (trigger, drain) = drain::channel();
     let shared = Arc::new(Shared {
         node: config.node.as_str().into(),
@@ -110,22 +122,33 @@ async fn serve(config: AgentConfig) -> Result<()> {
 
     let control = tokio::task::spawn_local(sync.run(report_in));
     let issuing = tokio::task::spawn_local(issuer.run(wanted_in));
-    let admin = admin(&config, &events, &view, &health, &pods_in, &drain);
-    let admin = admin.bind(&config.admin).await.context("the admin ports")?;
-    let answering = tokio::task::spawn_local(admin.run());
-    let keeper = Keeper {
+    let kept = Arc::new(AtomicBool::new(pods.is_kept()));
+    let admin = admin(&config, &events, &view, &health, &pods_in, &drain, &kept);
+    // With a keeper, agents change places while both run: the ports belong to the one that does not drain.
+    let hands_over = config.keeper.is_some();
+    let admin = admin.bind(&config.admin, hands_over).await.context("the admin ports")?;
+    let started = drain.started();
+    let answering = tokio::task::spawn_local(admin.run(async move {
+        match hands_over {
+            true => started.await,
+            false => std::future::pending().await,
+        }
+    }));
+    let upkeep = Upkeep {
         node: config.node.clone(),
         view,
         credentials,
         traffic,
         events: events.clone(),
         pods,
+        kept,
         bundle,
         wanted: wanted_out,
         report: report_out,
         statuses: pods_out,
     };
-    let keeping = tokio::task::spawn_local(keeper.run());
+    let (stop_upkeep, upkeep_stopped) = oneshot::channel();
+    let keeping = tokio::task::spawn_local(upkeep.run(upkeep_stopped));
     if let Some(logger) = kernel.take_logger() {
         tokio::task::spawn_local(kernel::log::forward(logger));
     }
@@ -138,12 +161,18 @@ async fn serve(config: AgentConfig) -> Result<()> {
         _ = terminate.recv() => {}
     }
     events.emit(Event::DrainStarted);
-    keeping.abort();
+    // It ends by itself only when it is told to.
+    let _ = stop_upkeep.send(());
+    let leave = keeping.await.context("the upkeep of the pods")?;
     for worker in &senders {
         // A worker that is gone has nothing to drain.
-        let _ = worker.send(WorkerCommand::Drain).await;
+        let _ = worker.send(WorkerCommand::Drain(leave)).await;
     }
-    let drained = trigger.finish(config.drain.patience, config.drain.grace).await;
+    let patience = match leave {
+        Leave::Waiting => config.drain.patience.min(config.drain.alone),
+        Leave::Closing | Leave::Served => config.drain.patience,
+    };
+    let drained = trigger.finish(patience, config.drain.grace).await;
     trigger.end();
     events.emit(Event::DrainEnded { left: drained.left });
     for task in [control, issuing, answering] {
@@ -162,6 +191,19 @@ async fn serve(config: AgentConfig) -> Result<()> {
     Ok(())
 }
 
+/// The pods, with the keeper if there should be one.
+async fn pods(config: &AgentConfig, kernel: &Arc<Kernel>, workers: &[mpsc::Sender<WorkerCommand>]) -> Result<Pods> {
+    let pods = Pods::new(kernel.clone(), workers.to_vec())?;
+    let Some(keeper) = &config.keeper else {
+        return Ok(pods);
+    };
+    let deadline = tokio::time::Instant::now() + KEEPER_START;
+    while !keeper.exists() && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(pods.with_keeper(keeper.clone()))
+}
+
 /// What can be asked of the agent. Ready is an agent with a view whose enrolled pods are captured.
 fn admin(
     config: &AgentConfig,
@@ -170,7 +212,11 @@ fn admin(
     health: &Arc<SyncHealth>,
     pods: &watch::Receiver<Vec<PodStatus>>,
     drain: &Drain,
+    kept: &Arc<AtomicBool>,
 ) -> Admin {
+    let kept = kept.clone();
+    let keeper = config.keeper.as_ref().map(|path| path.display().to_string());
+    let keeper = keeper.unwrap_or_else(|| "none is configured".to_owned());
     let page = admin::config_page(config);
     let (views, statuses) = (view.clone(), pods.clone());
     let (health, view, pods, drain) = (health.clone(), view.clone(), pods.clone(), drain.clone());
@@ -188,6 +234,11 @@ fn admin(
                     name: "pods",
                     ready: uncaptured == 0,
                     detail: format!("{uncaptured} not captured"),
+                },
+                Check {
+                    name: "keeper",
+                    ready: kept.load(Ordering::Relaxed),
+                    detail: keeper.clone(),
                 },
                 Check {
                     name: "serving",
@@ -223,24 +274,37 @@ fn open_events(config: &AgentConfig) -> Result<Arc<Events>> {
 }
 
 /// Keeps pods and wanted identities in step with the view, and the controller told.
-struct Keeper {
+struct Upkeep {
     node: String,
     view: Arc<ViewStore>,
     credentials: Arc<CredentialStore>,
     traffic: Arc<Traffic>,
     events: Arc<Events>,
     pods: Pods,
+    /// Whether the keeper, if there should be one, holds what it should.
+    kept: Arc<AtomicBool>,
     bundle: watch::Receiver<Arc<TrustBundle>>,
     wanted: watch::Sender<BTreeSet<SpiffeId>>,
     report: watch::Sender<AgentReport>,
     statuses: watch::Sender<Vec<PodStatus>>,
 }
 
-impl Keeper {
-    async fn run(mut self) {
+impl Upkeep {
+    /// Goes on until it is told to stop. Says then how listeners are to be left; its own copies of them are gone.
+    async fn run(mut self, stopped: oneshot::Receiver<()>) -> Leave {
+        tokio::select! {
+            // The sender lives as long as the agent.
+            _ = stopped => {}
+            () = self.keep() => {}
+        }
+        self.pods.leave()
+    }
+
+    async fn keep(&mut self) {
         let mut changes = self.view.subscribe();
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
         let mut issued = self.credentials.subscribe();
+        let mut looks = tokio::time::interval(KEEPER_LOOK);
         loop {
             let view = self.view.load();
             // Before there is a view nothing is known, and what an earlier agent captured stays captured.
@@ -259,6 +323,7 @@ impl Keeper {
                 self.traffic
                     .retain(view.backends().map(|backend| &**backend), view.limits());
                 self.pods.reconcile(&here).await;
+                self.kept.store(self.pods.is_kept(), Ordering::Relaxed);
                 self.tell();
             }
             let unsettled = view.revision().0 > 0 && !self.pods.is_settled();
@@ -273,6 +338,10 @@ impl Keeper {
                         self.credentials.set_bundle(&bundle, std::time::SystemTime::now());
                     }
                     () = tokio::time::sleep(POD_RETRY), if unsettled => break,
+                    _ = looks.tick() => if !self.pods.is_kept() {
+                        self.kept.store(false, Ordering::Relaxed);
+                        break;
+                    },
                     _ = housekeeping.tick() => {
                         self.events.expire(tokio::time::Instant::now().into_std());
                         self.tell();

@@ -20,7 +20,7 @@ use crate::{
     kernel::NetnsCookie,
     net,
     path::{self, Captured},
-    pods::{Pod, PodListeners, WorkerCommand},
+    pods::{Leave, Pod, PodListeners, WorkerCommand},
     worker::{Shared, Worker},
 };
 
@@ -31,8 +31,8 @@ pub const COMMANDS_MAX: usize = 1024;
 const REST: Duration = Duration::from_millis(50);
 /// How long a listener must have been empty after its pod's retirement before it closes.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long connections that wait in a listener's queue are still taken when the agent drains. The kernel goes on sending
-/// new ones, so the listener must close although it is never empty: from then on they are refused.
+/// How long connections that wait in a listener's queue are still taken when the agent drains and nobody holds them. The
+/// kernel goes on sending new ones, so the listener must close although it is never empty: from then on they are refused.
 const LAST_CALL: Duration = Duration::from_millis(20);
 
 /// Until when a listener accepts.
@@ -75,6 +75,7 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
     let tunnels = worker.tunnels.clone();
     let maintenance = tokio::task::spawn_local(async move { tunnels.maintain().await });
     let mut serving: HashMap<NetnsCookie, watch::Sender<Until>> = HashMap::new();
+    let mut last_call = LAST_CALL;
     while let Some(command) = commands.recv().await {
         match command {
             WorkerCommand::Serve(listeners) => {
@@ -92,10 +93,16 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
                     stop.send_replace(Until::Empty);
                 }
             }
-            WorkerCommand::Drain => break,
+            WorkerCommand::Drain(leave) => {
+                if leave != Leave::Closing {
+                    // What waits is somebody else's from now on.
+                    last_call = Duration::ZERO;
+                }
+                break;
+            }
         }
     }
-    let last = Until::Moment(Instant::now() + LAST_CALL);
+    let last = Until::Moment(Instant::now() + last_call);
     for stop in serving.values() {
         stop.send_replace(last);
     }

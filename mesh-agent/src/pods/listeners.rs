@@ -1,8 +1,9 @@
 //! The listeners in a pod's network namespace: one per worker, direction and family, in `SO_REUSEPORT` groups.
 //!
 //! They are bound to loopback, so only the kernel's redirection leads there (or the pod itself, whose connection then
-//! has no original destination and is refused). The usual port is taken unless somebody listens on it: the pod's own
-//! program, or an older agent, whose group must not be joined, because it will close with connections in its queue.
+//! has no original destination and is refused). What a keeper holds is taken; what it lacks is made, and held by it from
+//! then on. The usual port is taken unless somebody listens on it: the pod's own program, or an older agent without a
+//! keeper, whose group must not be joined, because it will close with connections in its queue.
 
 use std::{
     io,
@@ -12,23 +13,35 @@ use std::{
 use mesh_abi::{INBOUND_PORT, OUTBOUND_PORT};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::Netns;
+use super::{Netns, kept::Kept};
+use crate::keeper::{Direction, Slot};
 
 /// Connections that wait for one worker; the kernel lowers it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// One `SO_REUSEPORT` group: a listener per worker at one address.
+/// One `SO_REUSEPORT` group.
 #[derive(Debug)]
 pub struct Group {
+    /// Which one.
+    pub slot: Slot,
     /// Where it listens.
     pub address: SocketAddr,
-    /// One for each worker.
+    /// At least one for each worker; more if an earlier agent had more workers, and none may be left unserved.
     pub members: Vec<TcpListener>,
 }
 
 /// The groups for captured and those for steered connections: on 127.0.0.1, and on ::1 where the namespace has IPv6.
-pub fn make(netns: &Netns, workers: usize) -> io::Result<(Vec<Group>, Vec<Group>)> {
-    netns.run(|| Ok((groups(OUTBOUND_PORT, workers)?, groups(INBOUND_PORT, workers)?)))?
+pub fn obtain(netns: &Netns, workers: usize, mut kept: Option<&mut Kept>) -> io::Result<Vec<Group>> {
+    let mut groups = Vec::with_capacity(Slot::ALL.len());
+    for slot in Slot::ALL {
+        match group(netns, slot, workers, kept.as_deref_mut()) {
+            Ok(group) => groups.push(group),
+            // IPv6 is compiled out, or disabled in this namespace: there is nothing to capture.
+            Err(error) if slot.ipv6 && is_absent(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(groups)
 }
 
 /// One more member for each group: for a worker that lost its own.
@@ -36,18 +49,53 @@ pub fn join(netns: &Netns, groups: &[SocketAddr]) -> io::Result<Vec<TcpListener>
     netns.run(|| groups.iter().map(|address| member(*address)).collect())?
 }
 
-fn groups(port: u16, workers: usize) -> io::Result<Vec<Group>> {
-    let mut groups = vec![group(SocketAddr::from((Ipv4Addr::LOCALHOST, port)), workers)?];
-    match group(SocketAddr::from((Ipv6Addr::LOCALHOST, port)), workers) {
-        Ok(group) => groups.push(group),
-        // IPv6 is compiled out, or disabled in this namespace: there is nothing to capture.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {}
-        Err(error) => return Err(error),
-    }
-    Ok(groups)
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-fn group(usual: SocketAddr, workers: usize) -> io::Result<Group> {
+fn group(netns: &Netns, slot: Slot, workers: usize, kept: Option<&mut Kept>) -> io::Result<Group> {
+    let Some(kept) = kept else {
+        let (address, members) = netns.run(|| make(usual(slot), workers))??;
+        return Ok(Group { slot, address, members });
+    };
+    let mut members = kept.take(netns.cookie(), slot);
+    let mut held = members.len();
+    if members.is_empty() {
+        members = netns.run(|| make(usual(slot), workers))??.1;
+        if kept.put(netns.cookie(), slot, 0, &members).is_err() {
+            // Another generation was faster: its sockets count, and nobody knows of ours yet.
+            members = kept.take(netns.cookie(), slot);
+        }
+        held = members.len();
+    }
+    let address = members.first().map(TcpListener::local_addr).transpose()?;
+    let address = address.ok_or(io::ErrorKind::NotFound)?;
+    while members.len() < workers {
+        members.push(netns.run(|| member(address))??);
+    }
+    if let Some(more) = members.get(held..).filter(|more| !more.is_empty())
+        && kept.put(netns.cookie(), slot, held, more).is_err()
+    {
+        // Another generation has added its own in this moment. Ours are served as long as we live.
+        tracing::warn!(netns = %netns.cookie(), "listeners of this agent are not held");
+    }
+    Ok(Group { slot, address, members })
+}
+
+fn usual(slot: Slot) -> SocketAddr {
+    let port = match slot.direction {
+        Direction::Outbound => OUTBOUND_PORT,
+        Direction::Inbound => INBOUND_PORT,
+    };
+    if slot.ipv6 {
+        SocketAddr::from((Ipv6Addr::LOCALHOST, port))
+    } else {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+    }
+}
+
+/// A new group, in the calling thread's namespace.
+fn make(usual: SocketAddr, workers: usize) -> io::Result<(SocketAddr, Vec<TcpListener>)> {
     let mut address = usual;
     match socket(usual, false) {
         Ok(_free) => {}
@@ -60,7 +108,7 @@ fn group(usual: SocketAddr, workers: usize) -> io::Result<Group> {
         address = listener.local_addr()?;
         members.push(listener);
     }
-    Ok(Group { address, members })
+    Ok((address, members))
 }
 
 fn member(address: SocketAddr) -> io::Result<TcpListener> {

@@ -10,6 +10,7 @@
 
 mod directory;
 mod discover;
+mod kept;
 mod listeners;
 mod netns;
 mod pod;
@@ -36,7 +37,18 @@ pub enum WorkerCommand {
     /// Stop accepting for a pod: serve what its listeners hold already, then close them.
     Retire(NetnsCookie),
     /// Stop accepting altogether and end when the last connection has.
-    Drain,
+    Drain(Leave),
+}
+
+/// How a draining agent leaves its listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// They end with it: what waits in them is served first.
+    Closing,
+    /// The keeper holds them, and what waits there waits for the next agent.
+    Waiting,
+    /// Another agent serves the very same ones already.
+    Served,
 }
 
 /// One worker's listeners in one pod's network namespace; non-blocking.

@@ -122,12 +122,17 @@ fn run_in<T>(netns: &File, inside: impl FnOnce() -> T) -> io::Result<T> {
 /// The cookie of the calling thread's namespace.
 fn own_cookie() -> io::Result<NetnsCookie> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
+    cookie_of(&socket)
+}
+
+/// The cookie of the namespace that a socket is in.
+pub(super) fn cookie_of(socket: &impl AsFd) -> io::Result<NetnsCookie> {
     let mut cookie = 0_u64;
     let mut size = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the option's value is a u64, whose place and size are given.
     let result = unsafe {
         libc::getsockopt(
-            socket.as_raw_fd(),
+            socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             SO_NETNS_COOKIE,
             (&raw mut cookie).cast(),

@@ -5,7 +5,7 @@ use std::{
     io,
     net::{SocketAddr, TcpListener},
     os::fd::AsFd,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -17,8 +17,15 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::{Chain, Directory, Netns, Pod, PodError, PodListeners, PodStatus, Serving, WorkerCommand, listeners};
-use crate::kernel::{Kernel, NetnsCookie, PodCapture};
+use super::{
+    Chain, Directory, Leave, Netns, Pod, PodError, PodListeners, PodStatus, Serving, WorkerCommand,
+    kept::Kept,
+    listeners::{self, Group},
+};
+use crate::{
+    keeper::Direction,
+    kernel::{Kernel, NetnsCookie, PodCapture},
+};
 
 /// How long workers may take to serve new listeners before their pods are called not captured.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,6 +38,7 @@ pub struct Pods {
     held: BTreeMap<ObjectName, Held>,
     statuses: BTreeMap<ObjectName, PodStatus>,
     directory: Directory,
+    kept: Option<Kept>,
     /// Whether pods that an earlier agent captured and nobody wants any more have been retired.
     is_swept: bool,
 }
@@ -46,6 +54,8 @@ struct Held {
     seats: Vec<Seat>,
     /// Whether the kernel knows the pod's present workload.
     is_enrolled: bool,
+    /// For a keeper that comes back, and for a worker that lost its own; empty without a keeper.
+    copies: Vec<Group>,
     /// What the pod's capture leaves out.
     reservation: Option<String>,
 }
@@ -80,8 +90,31 @@ impl Pods {
             held: BTreeMap::new(),
             statuses: BTreeMap::new(),
             directory: Directory::default(),
+            kept: None,
             is_swept: false,
         })
+    }
+
+    /// Takes listeners from the keeper at that path, and has it hold every listener that is made.
+    pub fn with_keeper(mut self, path: PathBuf) -> Pods {
+        let mut kept = Kept::new(path);
+        kept.connect();
+        self.kept = Some(kept);
+        self
+    }
+
+    /// Whether there is a keeper that holds what it should; true without one.
+    pub fn is_kept(&self) -> bool {
+        self.kept.as_ref().is_none_or(Kept::is_well)
+    }
+
+    /// Lets go of every pod, which stays captured, and says how the workers are to leave its listeners.
+    pub fn leave(mut self) -> Leave {
+        self.keep_again();
+        let Some(kept) = self.kept.as_mut().filter(|kept| kept.is_well()) else {
+            return Leave::Closing;
+        };
+        if kept.successor() { Leave::Served } else { Leave::Waiting }
     }
 
     /// The pods held, for the workers.
@@ -96,7 +129,7 @@ impl Pods {
 
     /// Whether every enrolled pod is captured; if not, reconcile again soon.
     pub fn is_settled(&self) -> bool {
-        self.is_swept && self.statuses.values().all(|status| status.captured == status.enrolled)
+        self.is_swept && self.is_kept() && self.statuses.values().all(|status| status.captured == status.enrolled)
     }
 
     /// Brings the pods held to those wanted: every workload of this node in the present view, enrolled or not.
@@ -109,6 +142,7 @@ impl Pods {
             .filter(|workload| workload.enrolled)
             .map(|workload| (&workload.name, workload))
             .collect();
+        self.keep_again();
         self.retire_gone(&enrolled).await;
         for workload in enrolled.values() {
             if let Err(error) = self.kernel.add_node_addresses(&workload.node_addresses) {
@@ -140,6 +174,11 @@ impl Pods {
         if !self.is_swept && enrolled.keys().all(|name| self.held.contains_key(*name)) {
             self.is_swept = self.retire_strangers();
         }
+        if self.statuses.values().all(|status| status.captured == status.enrolled)
+            && let Some(kept) = &mut self.kept
+        {
+            kept.serving();
+        }
     }
 
     /// Retires every pod; for uninstalling, not for a restart, which leaves them guarded.
@@ -157,7 +196,29 @@ impl Pods {
             name: workload.name.clone(),
             enrolled: workload.enrolled,
             captured: workload.enrolled && problem.is_none() && held.is_some(),
-            reason: problem.or_else(|| held.and_then(|held| held.reservation.clone())),
+            reason: problem.or_else(|| held.and_then(|held| self.reservation(held))),
+        }
+    }
+
+    fn reservation(&self, held: &Held) -> Option<String> {
+        let unheld = self.kept.as_ref().and_then(Kept::problem);
+        let unheld = unheld.map(|problem| format!("without an agent its connections would be refused: {problem}"));
+        held.reservation.clone().or(unheld)
+    }
+
+    /// Gives a keeper that is found anew everything that this agent holds.
+    fn keep_again(&mut self) {
+        let Some(kept) = &mut self.kept else { return };
+        if !kept.connect() {
+            return;
+        }
+        // What was withdrawn while there was no connection is found by the sweep.
+        self.is_swept = false;
+        for held in self.held.values() {
+            for group in &held.copies {
+                // Taken: it is the same keeper, or another generation has put the very same sockets.
+                let _put_or_there = kept.put(held.pod.cookie(), group.slot, 0, &group.members);
+            }
         }
     }
 
@@ -178,6 +239,9 @@ impl Pods {
                 continue;
             }
             self.held.remove(&name);
+            if let Some(kept) = &mut self.kept {
+                kept.withdraw(cookie);
+            }
             tracing::info!(pod = %name, %cookie, "a pod is retired");
             for worker in &self.workers {
                 let _a_worker_that_is_gone_serves_nobody =
@@ -209,7 +273,12 @@ impl Pods {
         if let Some((name, _)) = self.held.iter().find(|(_, held)| held.pod.cookie() == netns.cookie()) {
             return Err(PodError::SharedNetns(name.clone()));
         }
-        let held = Held::new(Pod::new((*workload).clone(), netns), self.workers.len()).map_err(PodError::Listen)?;
+        let held = Held::new(
+            Pod::new((*workload).clone(), netns),
+            self.workers.len(),
+            self.kept.as_mut(),
+        )
+        .map_err(PodError::Listen)?;
         self.held.insert(workload.name.clone(), held);
         Ok(())
     }
@@ -232,7 +301,13 @@ impl Pods {
                     *seat = Seat::Serving;
                     continue;
                 }
-                // It lost the listeners that it was given: it gets new ones in the same groups.
+                // It lost the listeners that it was given: it gets the same ones that the keeper holds, for nobody else
+                // serves those, or else new ones in the same groups.
+                Seat::Asked if !held.copies.is_empty() => {
+                    let all = self.workers.len();
+                    let copies = |direction| copies(&held.copies, direction, index, all).map_err(PodError::Listen);
+                    (copies(Direction::Outbound)?, copies(Direction::Inbound)?)
+                }
                 Seat::Asked => {
                     let netns = held.pod.netns();
                     let join = |groups: &[SocketAddr]| listeners::join(netns, groups).map_err(PodError::Listen);
@@ -279,7 +354,7 @@ impl Pods {
     }
 
     /// Retires what an earlier agent captured and this one does not hold; says whether that is done.
-    fn retire_strangers(&self) -> bool {
+    fn retire_strangers(&mut self) -> bool {
         let captured = match self.kernel.enrolled() {
             Ok(captured) => captured,
             Err(error) => {
@@ -300,33 +375,56 @@ impl Pods {
                 }
             }
         }
+        if let Some(kept) = &mut self.kept {
+            for cookie in kept.namespaces() {
+                if !self.held.values().any(|held| held.pod.cookie() == cookie) {
+                    kept.withdraw(cookie);
+                }
+            }
+        }
         is_done
     }
 }
 
+/// Copies of the listeners that a worker has of each group in one direction.
+fn copies(groups: &[Group], direction: Direction, worker: usize, workers: usize) -> io::Result<Vec<TcpListener>> {
+    let groups = groups.iter().filter(|group| group.slot.direction == direction);
+    groups
+        .flat_map(|group| group.members.iter().skip(worker).step_by(workers))
+        .map(TcpListener::try_clone)
+        .collect()
+}
+
 impl Held {
-    fn new(pod: Pod, workers: usize) -> io::Result<Held> {
-        let (outbound, inbound) = listeners::make(pod.netns(), workers)?;
+    fn new(pod: Pod, workers: usize, kept: Option<&mut Kept>) -> io::Result<Held> {
+        let is_kept = kept.is_some();
+        let groups = listeners::obtain(pod.netns(), workers, kept)?;
+        let addresses = |direction| {
+            let of = groups.iter().filter(|group| group.slot.direction == direction);
+            of.map(|group| group.address).collect()
+        };
         let mut held = Held {
             pod: Arc::new(pod),
-            outbound: outbound.iter().map(|group| group.address).collect(),
-            inbound: inbound.iter().map(|group| group.address).collect(),
+            outbound: addresses(Direction::Outbound),
+            inbound: addresses(Direction::Inbound),
             steered: Vec::new(),
             seats: Vec::with_capacity(workers),
             is_enrolled: false,
+            copies: Vec::new(),
             reservation: None,
         };
-        for group in &inbound {
+        for group in groups.iter().filter(|group| group.slot.direction == Direction::Inbound) {
             held.steered
                 .extend(group.members.first().map(TcpListener::try_clone).transpose()?);
         }
-        let mut outbound: Vec<_> = outbound.into_iter().map(|group| group.members.into_iter()).collect();
-        let mut inbound: Vec<_> = inbound.into_iter().map(|group| group.members.into_iter()).collect();
-        for _ in 0..workers {
+        for worker in 0..workers {
             held.seats.push(Seat::Ready {
-                outbound: outbound.iter_mut().filter_map(Iterator::next).collect(),
-                inbound: inbound.iter_mut().filter_map(Iterator::next).collect(),
+                outbound: copies(&groups, Direction::Outbound, worker, workers)?,
+                inbound: copies(&groups, Direction::Inbound, worker, workers)?,
             });
+        }
+        if is_kept {
+            held.copies = groups;
         }
         Ok(held)
     }

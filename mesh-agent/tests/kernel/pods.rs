@@ -62,7 +62,7 @@ impl Worker {
         match self.commands.recv().await.unwrap() {
             WorkerCommand::Serve(listeners) => Told::Serve(Box::new(listeners)),
             WorkerCommand::Retire(cookie) => Told::Retire(cookie),
-            WorkerCommand::Drain => panic!("nobody drains"),
+            WorkerCommand::Drain(_) => panic!("nobody drains"),
         }
     }
 
