@@ -47,6 +47,21 @@ enum Command {
         #[arg(long, value_name = "PATH", default_value = "/run/nodemesh/agent.sock")]
         socket: PathBuf,
     },
+    /// Take every trace of the mesh from this node: kernel programs, pins, sockets, state. No agent may run
+    Uninstall {
+        /// Whose pins: the node's name, unless the agent was started with another instance
+        #[arg(long, value_name = "NAME", env = "NODEMESH_NODE")]
+        instance: String,
+        /// The bpffs directory of all instances
+        #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
+        pin_root: PathBuf,
+        /// The directory of sockets and state; it is emptied
+        #[arg(long, value_name = "DIR", default_value = "/run/nodemesh")]
+        run_dir: PathBuf,
+        /// Stay until SIGTERM, so that a DaemonSet can tell which nodes are clean
+        #[arg(long)]
+        stay: bool,
+    },
     /// Detach the kernel programs that an agent left pinned; pods go on as if there were no mesh
     Detach {
         /// Which agent's: its node's name, unless it was started with another instance
@@ -72,6 +87,12 @@ fn main() -> ExitCode {
             finish(mesh_agent::keeper::run(&socket))
         }
         Command::Probe { what, socket } => finish(probe(&what, &socket)),
+        Command::Uninstall {
+            instance,
+            pin_root,
+            run_dir,
+            stay,
+        } => finish(uninstall(&pin_root, &instance, &run_dir, stay)),
         Command::Detach { instance, pin_root } => finish(detach(&pin_root, &instance)),
         Command::Version => {
             println!(
@@ -127,6 +148,43 @@ fn probe(what: &str, socket: &Path) -> anyhow::Result<()> {
     let answer = mesh_agent::admin::ask(socket, &format!("/{what}z"))?;
     print!("{}", answer.body);
     anyhow::ensure!(answer.status == 200, "the agent is not {what}");
+    Ok(())
+}
+
+/// Removes the pins of an instance and the files of the node, and makes sure that both are gone.
+fn uninstall(pin_root: &Path, instance: &str, run_dir: &Path, stay: bool) -> anyhow::Result<()> {
+    detach(pin_root, instance)?;
+    // Others may keep pins here; ours are gone. The directory is nobody's when it is empty.
+    let _ = fs::remove_dir(pin_root);
+    match fs::read_dir(run_dir) {
+        Ok(entries) => {
+            for entry in entries {
+                let path = entry?.path();
+                let removed = match path.is_dir() && !path.is_symlink() {
+                    true => fs::remove_dir_all(&path),
+                    false => fs::remove_file(&path),
+                };
+                removed.map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+                println!("removed {}", path.display());
+            }
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => anyhow::bail!("{}: {error}", run_dir.display()),
+    }
+    println!("the node is clean");
+    if stay {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let mut term = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            Ok::<_, std::io::Error>(())
+        })?;
+    }
     Ok(())
 }
 

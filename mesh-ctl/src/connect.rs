@@ -1,6 +1,10 @@
-//! The way to the controller: its Unix socket, and what can go wrong on it.
+//! The way to the controller: its Unix socket, or in a cluster a port-forward to the replica that leads; and what can
+//! go wrong on it.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use hyper_util::rt::TokioIo;
 use mesh_api::wire::{MESSAGE_BYTES_MAX, operator::OperatorClient};
@@ -9,6 +13,8 @@ use tonic::{
     Code, Status,
     transport::{Channel, Endpoint, Uri},
 };
+
+use crate::kubernetes::{self, KubeArgs};
 
 /// Where the controller's socket lies unless told otherwise.
 pub const SOCKET_DEFAULT: &str = "/run/nodemesh/operator.sock";
@@ -72,26 +78,75 @@ impl From<Status> for Failure {
     }
 }
 
-/// Connects to the controller's socket.
-pub async fn connect(socket: PathBuf, timeout: Duration) -> Result<OperatorClient<Channel>, Failure> {
-    let path = socket.clone();
-    let dial = tower::service_fn(move |_: Uri| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
+/// Which mesh is meant: the one behind a socket on this machine, or the one in a cluster.
+#[derive(Clone, Debug)]
+pub enum World {
+    /// A standalone controller's socket, and the namespace that was asked for.
+    Standalone(PathBuf, Option<String>),
+    /// A cluster, by the kubeconfig.
+    Kubernetes(KubeArgs),
+}
+
+impl World {
+    /// A socket that is named wins, then a cluster that is named, then the default socket if it is there, then a
+    /// cluster that can be found.
+    pub fn of(socket: Option<PathBuf>, kube: KubeArgs) -> World {
+        match socket {
+            Some(socket) => World::Standalone(socket, kube.namespace),
+            None if kube.named() => World::Kubernetes(kube),
+            None if !Path::new(SOCKET_DEFAULT).exists() && KubeArgs::found() => World::Kubernetes(kube),
+            None => World::Standalone(SOCKET_DEFAULT.into(), kube.namespace),
+        }
+    }
+
+    /// The namespace that was asked for.
+    pub fn namespace(&self) -> Option<&str> {
+        match self {
+            World::Standalone(_, namespace) => namespace.as_deref(),
+            World::Kubernetes(args) => args.namespace.as_deref(),
+        }
+    }
+
+    /// The cluster's arguments, for what there is in a cluster only.
+    pub fn cluster(&self) -> Result<&KubeArgs, Failure> {
+        match self {
+            World::Kubernetes(args) => Ok(args),
+            World::Standalone(socket, _) => Err(Failure::Usage(format!(
+                "this is for a cluster, and {} is a standalone mesh: name a cluster by --kubeconfig or --context",
+                socket.display()
+            ))),
+        }
+    }
+}
+
+/// Connects to the controller.
+pub async fn connect(world: &World, timeout: Duration) -> Result<OperatorClient<Channel>, Failure> {
     // The name is never resolved: the connector knows where to go.
     let endpoint = Endpoint::from_static("http://controller")
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(timeout);
-    let channel = endpoint.connect_with_connector(dial).await.map_err(|error| {
-        let cause = std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source()).last();
-        let cause = cause.map(ToString::to_string).unwrap_or_default();
-        Failure::Unreachable(format!(
-            "cannot reach the controller at {}: {cause} (--socket or MESH_CTL_SOCKET says where it is)",
-            socket.display()
-        ))
-    })?;
+    let channel = match world {
+        World::Standalone(socket, _) => socket_channel(socket, endpoint).await?,
+        World::Kubernetes(args) => kubernetes::leader_channel(&args.cluster().await?, endpoint).await?,
+    };
     Ok(OperatorClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+async fn socket_channel(socket: &Path, endpoint: Endpoint) -> Result<Channel, Failure> {
+    let path = socket.to_owned();
+    let dial = tower::service_fn(move |_: Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    endpoint.connect_with_connector(dial).await.map_err(|error| {
+        let cause = std::iter::successors(Some(&error as &dyn std::error::Error), |e| e.source()).last();
+        let cause = cause.map(ToString::to_string).unwrap_or_default();
+        Failure::Unreachable(format!(
+            "cannot reach the controller at {}: {cause} (--socket or MESH_CTL_SOCKET says where it is, --kubeconfig or \
+             KUBECONFIG names a cluster)",
+            socket.display()
+        ))
+    })
 }

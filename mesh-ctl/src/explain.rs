@@ -15,7 +15,7 @@ use mesh_api::{
 };
 
 use crate::{
-    connect::{CALL_TIMEOUT, Failure, connect},
+    connect::{CALL_TIMEOUT, Failure, World, connect},
     output::{Format, Table, print, print_value},
     policy::read_sources,
 };
@@ -92,7 +92,7 @@ fn resolve(host: &str, namespace: &str, resources: &[Resource]) -> Option<IpAddr
     service.addresses.first().copied().or_else(pod)
 }
 
-async fn documents(args: &ExplainArgs, socket: PathBuf) -> Result<(DocumentSet, TrustDomain, Revision), Failure> {
+async fn documents(args: &ExplainArgs, world: &World) -> Result<(DocumentSet, TrustDomain, Revision), Failure> {
     let lines = |problems: Vec<mesh_api::document::Problem>| {
         Failure::Refused(problems.iter().map(ToString::to_string).collect())
     };
@@ -104,7 +104,7 @@ async fn documents(args: &ExplainArgs, socket: PathBuf) -> Result<(DocumentSet, 
         let domain = TrustDomain::new("cluster.local").map_err(|e| Failure::refused(e.to_string()))?;
         return Ok((set, domain, Revision(0)));
     }
-    let mut client = connect(socket, CALL_TIMEOUT).await?;
+    let mut client = connect(world, CALL_TIMEOUT).await?;
     let status = client.status(StatusRequest {}).await?.into_inner();
     let domain = TrustDomain::new(&status.trust_domain).map_err(|e| Failure::refused(e.to_string()))?;
     let response = client.get(GetRequest::default()).await?.into_inner();
@@ -119,14 +119,14 @@ async fn documents(args: &ExplainArgs, socket: PathBuf) -> Result<(DocumentSet, 
 }
 
 /// Runs `mesh-ctl policy explain`. A refused request is a result, not a failure of the command.
-pub async fn run(args: ExplainArgs, socket: PathBuf) -> Result<(), Failure> {
+pub async fn run(args: ExplainArgs, world: &World) -> Result<(), Failure> {
     let from = name_of(&args.from)?;
     let to = args
         .to
         .rsplit_once(':')
         .and_then(|(host, port)| Some((host, port.parse().ok()?)));
     let (host, port): (&str, u16) = to.ok_or_else(|| Failure::Usage(format!("{:?}: expected HOST:PORT", args.to)))?;
-    let (set, domain, revision) = documents(&args, socket).await?;
+    let (set, domain, revision) = documents(&args, world).await?;
     let resources = set.resources(&domain);
     let address = resolve(host, &from.namespace, &resources)
         .ok_or_else(|| Failure::refused(format!("{host} is neither an address nor a service or pod with one")))?;

@@ -1,13 +1,11 @@
 //! `mesh-ctl policy get`: the documents as the controller holds them.
 
-use std::path::PathBuf;
-
 use mesh_api::wire::operator::GetRequest;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
-    connect::{CALL_TIMEOUT, Failure, connect},
+    connect::{CALL_TIMEOUT, Failure, World, connect},
     output::{Format, Table, print, print_value},
     policy::kind_and_name,
 };
@@ -17,19 +15,16 @@ use crate::{
 pub struct GetArgs {
     /// KIND or KIND/NAME, such as `httproute` or `Service/cart`; all kinds if absent.
     #[arg(value_name = "KIND[/NAME]")]
-    what: Option<String>,
+    pub what: Option<String>,
     /// The document's name.
     #[arg(value_name = "NAME")]
-    name: Option<String>,
-    /// Only this namespace.
-    #[arg(short, long, value_name = "NS", conflicts_with = "all_namespaces")]
-    namespace: Option<String>,
-    /// All namespaces (the default).
-    #[arg(short = 'A', long)]
-    all_namespaces: bool,
+    pub name: Option<String>,
+    /// All namespaces (the default without a cluster).
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub all_namespaces: bool,
     /// How the result is printed.
     #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
+    pub output: Format,
 }
 
 /// A set as programs read it.
@@ -40,12 +35,12 @@ struct Listing {
 }
 
 /// Runs `mesh-ctl policy get`.
-pub async fn run(args: GetArgs, socket: PathBuf) -> Result<(), Failure> {
+pub async fn run(args: GetArgs, world: &World) -> Result<(), Failure> {
     let (kind, name) = kind_and_name(args.what.as_deref(), args.name.as_deref())?;
-    let mut client = connect(socket, CALL_TIMEOUT).await?;
+    let mut client = connect(world, CALL_TIMEOUT).await?;
     let request = GetRequest {
         kind: kind.map_or("", |kind| kind.as_str()).to_owned(),
-        namespace: args.namespace.unwrap_or_default(),
+        namespace: world.namespace().unwrap_or_default().to_owned(),
         name: name.clone(),
     };
     let response = client.get(request).await?.into_inner();

@@ -1,13 +1,13 @@
 //! `mesh-ctl token`, `bundle` and `version`: what an agent needs to join, and who is who.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use mesh_api::wire::operator::{BundleRequest, IssueJoinTokenRequest, StatusRequest};
 use serde_json::json;
 
 use crate::{
-    connect::{CALL_TIMEOUT, Failure, connect},
+    connect::{CALL_TIMEOUT, Failure, World, connect},
     output::{Format, print, print_value},
 };
 
@@ -40,12 +40,12 @@ pub struct VersionArgs {
 }
 
 /// Runs `mesh-ctl token`.
-pub async fn token(command: TokenCommand, socket: PathBuf) -> Result<(), Failure> {
+pub async fn token(command: TokenCommand, world: &World) -> Result<(), Failure> {
     let TokenCommand::Create { node, ttl, output } = command;
     if ttl.as_secs() == 0 {
         return Err(Failure::Usage("--ttl: expected at least 1s".into()));
     }
-    let mut client = connect(socket, CALL_TIMEOUT).await?;
+    let mut client = connect(world, CALL_TIMEOUT).await?;
     let request = IssueJoinTokenRequest {
         node,
         valid_for_seconds: u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX),
@@ -73,18 +73,18 @@ fn pem(der: &[u8]) -> String {
 }
 
 /// Runs `mesh-ctl bundle`.
-pub async fn bundle(socket: PathBuf) -> Result<(), Failure> {
-    let mut client = connect(socket, CALL_TIMEOUT).await?;
+pub async fn bundle(world: &World) -> Result<(), Failure> {
+    let mut client = connect(world, CALL_TIMEOUT).await?;
     let response = client.bundle(BundleRequest {}).await?.into_inner();
     print(&response.roots_der.iter().map(|der| pem(der)).collect::<String>());
     Ok(())
 }
 
 /// Runs `mesh-ctl version`. A controller that does not answer is no failure.
-pub async fn version(args: VersionArgs, socket: PathBuf) -> Result<(), Failure> {
+pub async fn version(args: VersionArgs, world: &World) -> Result<(), Failure> {
     let own = env!("CARGO_PKG_VERSION");
     let asked = async {
-        let mut client = connect(socket, CALL_TIMEOUT).await?;
+        let mut client = connect(world, CALL_TIMEOUT).await?;
         Ok::<_, Failure>(client.status(StatusRequest {}).await?.into_inner().controller_version)
     };
     let controller = if args.client { None } else { asked.await.ok() };

@@ -1,7 +1,7 @@
 //! `mesh-ctl`: the operator's command line, and the controller as a subcommand.
 //!
-//! The command line speaks to the controller's Unix socket and to nothing else; it decides nothing that the controller
-//! would decide otherwise. Tables are for people, `-o json` for programs. Results go to standard output, everything
+//! The command line speaks to the controller's Unix socket, or by a kubeconfig to an API server and through it to the
+//! controller; it decides nothing that the controller would decide otherwise. Tables are for people, `-o json` for programs. Results go to standard output, everything
 //! else to standard error, and the exit code says what came of it.
 
 #![forbid(unsafe_code)]
@@ -11,32 +11,42 @@ mod connect;
 mod controller;
 mod explain;
 mod get;
+mod install;
 mod join;
+mod kubernetes;
+mod manifests;
 mod output;
 mod policy;
 mod status;
+mod uninstall;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{CommandFactory, Parser};
 
-use crate::connect::Failure;
+use crate::{
+    connect::{Failure, World},
+    kubernetes::KubeArgs,
+};
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
   1  refused or failed: a document is invalid, an agent refused a revision, something is not there
   2  the command line is wrong
-  3  no controller answers on the socket
+  3  no controller or API server answers
   4  the time is over (--wait --timeout)";
 
 /// Nodemesh's operator command line and controller.
 #[derive(Debug, Parser)]
 #[command(name = "mesh-ctl", version, after_help = EXIT_CODES, after_long_help = EXIT_CODES)]
 struct Arguments {
-    /// The controller's socket.
-    #[arg(long, global = true, value_name = "PATH", env = "MESH_CTL_SOCKET", default_value = connect::SOCKET_DEFAULT)]
-    socket: PathBuf,
+    /// The socket of a standalone controller [default: /run/nodemesh/operator.sock if it is there, else the cluster of
+    /// the kubeconfig].
+    #[arg(long, global = true, value_name = "PATH", env = "MESH_CTL_SOCKET")]
+    socket: Option<PathBuf>,
+    #[command(flatten)]
+    kube: KubeArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -55,6 +65,12 @@ enum Command {
     Token(join::TokenCommand),
     /// The trust bundle as PEM, for agents to verify the controller by.
     Bundle,
+    /// Put the mesh into a cluster and wait until it works.
+    Install(install::InstallArgs),
+    /// Bring the mesh in a cluster to this program's version.
+    Upgrade(install::UpgradeArgs),
+    /// Take the mesh out of a cluster, and every trace of it from the nodes.
+    Uninstall(uninstall::UninstallArgs),
     /// Run the controller.
     Controller(Box<controller::ControllerConfig>),
     /// A completion script for a shell.
@@ -73,13 +89,17 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 async fn run(arguments: Arguments) -> Result<(), Failure> {
-    let socket = arguments.socket;
+    let world = World::of(arguments.socket, arguments.kube);
+    let world = &world;
     match arguments.command {
-        Command::Policy(command) => policy::run(command, socket).await,
-        Command::Status(args) => status::run(args, socket).await,
-        Command::Version(args) => join::version(args, socket).await,
-        Command::Token(command) => join::token(command, socket).await,
-        Command::Bundle => join::bundle(socket).await,
+        Command::Policy(command) => policy::run(command, world).await,
+        Command::Status(args) => status::run(args, world).await,
+        Command::Version(args) => join::version(args, world).await,
+        Command::Token(command) => join::token(command, world).await,
+        Command::Bundle => join::bundle(world).await,
+        Command::Install(args) => install::install(args, world).await,
+        Command::Upgrade(args) => install::upgrade(args, world).await,
+        Command::Uninstall(args) => uninstall::run(args, world).await,
         Command::Controller(config) => controller::run(*config)
             .await
             .map_err(|error| Failure::refused(format!("{error:#}"))),

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::{
     check,
-    connect::{CALL_TIMEOUT, Failure, connect},
+    connect::{CALL_TIMEOUT, Failure, World, connect},
     explain::{self, ExplainArgs},
     get,
     output::{Format, print, print_value},
@@ -81,9 +81,6 @@ pub struct DeleteArgs {
     /// The document's name.
     #[arg(value_name = "NAME")]
     name: Option<String>,
-    /// The namespace of KIND NAME.
-    #[arg(short, long, value_name = "NS", default_value = DEFAULT_NAMESPACE)]
-    namespace: String,
     /// Delete the documents of this file, directory or standard input; may be given again.
     #[arg(short, long = "filename", value_name = "FILE|DIR|-")]
     filenames: Vec<PathBuf>,
@@ -121,13 +118,13 @@ struct ChangeLine {
 }
 
 /// Runs `mesh-ctl policy`.
-pub async fn run(command: PolicyCommand, socket: PathBuf) -> Result<(), Failure> {
+pub async fn run(command: PolicyCommand, world: &World) -> Result<(), Failure> {
     match command {
-        PolicyCommand::Apply(args) => apply(args, socket).await,
-        PolicyCommand::Get(args) => get::run(args, socket).await,
-        PolicyCommand::Delete(args) => delete(args, socket).await,
+        PolicyCommand::Apply(args) => apply(args, world).await,
+        PolicyCommand::Get(args) => get::run(args, world).await,
+        PolicyCommand::Delete(args) => delete(args, world).await,
         PolicyCommand::Check(args) => check::run(args),
-        PolicyCommand::Explain(args) => explain::run(args, socket).await,
+        PolicyCommand::Explain(args) => explain::run(args, world).await,
     }
 }
 
@@ -242,9 +239,9 @@ fn print_changes(report: &ChangeReport, format: Format) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn apply(args: ApplyArgs, socket: PathBuf) -> Result<(), Failure> {
+async fn apply(args: ApplyArgs, world: &World) -> Result<(), Failure> {
     let sources = read_sources(&args.filenames)?;
-    let mut client = connect(socket.clone(), CALL_TIMEOUT).await?;
+    let mut client = connect(world, CALL_TIMEOUT).await?;
     let request = ApplyRequest {
         sources,
         dry_run: args.dry_run,
@@ -262,16 +259,16 @@ async fn apply(args: ApplyArgs, socket: PathBuf) -> Result<(), Failure> {
         warnings,
     };
     print_changes(&report, args.output)?;
-    wait(&args.wait, args.dry_run, response.revision, socket, args.output).await
+    wait(&args.wait, args.dry_run, response.revision, world, args.output).await
 }
 
 /// Waits for all agents, if asked to.
-async fn wait(args: &WaitArgs, dry_run: bool, revision: u64, socket: PathBuf, output: Format) -> Result<(), Failure> {
+async fn wait(args: &WaitArgs, dry_run: bool, revision: u64, world: &World, output: Format) -> Result<(), Failure> {
     if !args.wait || dry_run {
         return Ok(());
     }
     // The controller ends the wait; the call's own limit only catches one that died.
-    let mut client = connect(socket, args.timeout + CALL_TIMEOUT).await?;
+    let mut client = connect(world, args.timeout + CALL_TIMEOUT).await?;
     let request = WaitAckedRequest {
         revision,
         timeout_ms: u32::try_from(args.timeout.as_millis()).unwrap_or(u32::MAX),
@@ -329,21 +326,25 @@ pub fn kind_and_name(what: Option<&str>, name: Option<&str>) -> Result<(Option<K
     }
 }
 
-async fn delete(args: DeleteArgs, socket: PathBuf) -> Result<(), Failure> {
+async fn delete(args: DeleteArgs, world: &World) -> Result<(), Failure> {
     let (kind, name) = kind_and_name(args.what.as_deref(), args.name.as_deref())?;
     let mut keys = Vec::new();
     if let Some(kind) = kind {
         if name.is_empty() {
             return Err(Failure::Usage(format!("which {kind}? expected {kind}/NAME")));
         }
-        keys.push(WireKey::from(&DocumentKey::new(kind, &args.namespace, &name)));
+        keys.push(WireKey::from(&DocumentKey::new(
+            kind,
+            world.namespace().unwrap_or(DEFAULT_NAMESPACE),
+            &name,
+        )));
     }
     let request = DeleteRequest {
         keys,
         sources: read_sources(&args.filenames)?,
         dry_run: args.dry_run || !args.ignore_not_found,
     };
-    let mut client = connect(socket.clone(), CALL_TIMEOUT).await?;
+    let mut client = connect(world, CALL_TIMEOUT).await?;
     let mut response = client.delete(request.clone()).await?.into_inner();
     let (wrong, mut warnings) = split_problems(response.problems);
     if !wrong.is_empty() {
@@ -370,5 +371,5 @@ async fn delete(args: DeleteArgs, socket: PathBuf) -> Result<(), Failure> {
         warnings,
     };
     print_changes(&report, args.output)?;
-    wait(&args.wait, args.dry_run, report.revision, socket, args.output).await
+    wait(&args.wait, args.dry_run, report.revision, world, args.output).await
 }

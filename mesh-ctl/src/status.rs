@@ -1,12 +1,12 @@
 //! `mesh-ctl status`: which agent holds which revision, which pods are captured, and which certificates live how long.
 
-use std::{path::PathBuf, time::SystemTime};
+use std::time::SystemTime;
 
 use mesh_api::wire::operator::{NodeStatus, StatusRequest, StatusResponse};
 use serde::Serialize;
 
 use crate::{
-    connect::{CALL_TIMEOUT, Failure, connect},
+    connect::{CALL_TIMEOUT, Failure, World, connect},
     output::{Format, Table, print, print_value, when},
 };
 
@@ -243,8 +243,8 @@ fn text(report: &Report, now: SystemTime) -> String {
 }
 
 /// Runs `mesh-ctl status`.
-pub async fn run(args: StatusArgs, socket: PathBuf) -> Result<(), Failure> {
-    let mut client = connect(socket, CALL_TIMEOUT).await?;
+pub async fn run(args: StatusArgs, world: &World) -> Result<(), Failure> {
+    let mut client = connect(world, CALL_TIMEOUT).await?;
     let report = report(client.status(StatusRequest {}).await?.into_inner());
     if args.output == Format::Table {
         print(&text(&report, SystemTime::now()));
