@@ -4,7 +4,7 @@
 //! * [`document`]: the YAML that people write, parsed and validated, every problem at once.
 //! * [`policy`]: checked policy values. * [`view`]: one immutable revision of it all, with flat lookups.
 //! * [`authz`], [`route`], [`resilience`]: the pure decisions over a view.
-//! * [`explain`]: all of them, told in words.
+//! * [`explain`]: all of them, told in words. * [`status`]: what routes and policies are told about themselves.
 //! * [`backend`]: endpoints and how to send to them. * [`rule`]: the name of the rule that decided.
 //! * [`wire`]: the protocol between controller, agents and `mesh-ctl`.
 //!
@@ -12,7 +12,7 @@
 //!
 //! Dependency order (a module uses only those before it):
 //! `identity < workload < request, rule < read < policy < document < resilience < backend < route < reading < authz < view <
-//! explain < wire`.
+//! explain, status < wire`.
 
 pub mod authz;
 pub mod backend;
@@ -26,6 +26,7 @@ pub mod request;
 pub mod resilience;
 pub mod route;
 pub mod rule;
+pub mod status;
 pub mod view;
 pub mod wire;
 pub mod workload;

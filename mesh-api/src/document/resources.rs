@@ -79,7 +79,7 @@ fn first_label(meta: &Meta, keys: [&str; 2]) -> Option<Arc<str>> {
 
 /// The pod's own label, else its namespace's, else no; a label that says neither `enabled` nor `disabled` counts as
 /// absent. A pod with the node's network cannot be told from the node.
-fn is_enrolled(set: &DocumentSet, pod: &Object<PodSpec>) -> bool {
+pub(super) fn is_enrolled(set: &DocumentSet, pod: &Object<PodSpec>) -> bool {
     let namespace = set.get(&DocumentKey::new(Kind::Namespace, "", &pod.meta.namespace));
     let said = |meta: &Meta| match meta.labels.get(ENROL_LABEL).map(String::as_str) {
         Some("enabled") => Some(true),

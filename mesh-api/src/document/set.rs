@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Document, DocumentKey, Kind, Problem, references, resources};
+use super::{Document, DocumentKey, Kind, Object, PodSpec, Problem, references, resources};
 use crate::{
     identity::TrustDomain,
     workload::{ObjectName, Service, Workload},
@@ -108,6 +108,11 @@ impl DocumentSet {
     /// exist. These are warnings: what is missing may still come, and until then it is refused where it matters.
     pub fn validate(&self) -> Vec<Problem> {
         references::validate(self)
+    }
+
+    /// Whether a pod is enrolled: by its own label, else by its namespace's.
+    pub fn enrols(&self, pod: &Object<PodSpec>) -> bool {
+        resources::is_enrolled(self, pod)
     }
 
     /// What agents get: workloads, services and policies, in that order, each ordered by name.
