@@ -169,6 +169,11 @@ macro_rules! shared_setters {
             }
         }
 
+        /// The rule of the route that took it.
+        pub fn set_route(&mut self, route: RuleId) {
+            self.common.route = Some(route);
+        }
+
         /// Where it was sent.
         pub fn set_endpoint(&mut self, endpoint: SocketAddr) {
             if let Some(details) = &mut self.common.details {
@@ -348,11 +353,6 @@ impl RequestRecord {
             details.request_id = cut(request_id);
             details.trace_id = cut(trace_id);
         }
-    }
-
-    /// The route rule that chose.
-    pub fn set_route(&mut self, route: RuleId) {
-        self.common.route = Some(route);
     }
 
     /// Counts an attempt at an endpoint.

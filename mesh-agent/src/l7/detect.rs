@@ -105,54 +105,85 @@ fn sniff_http1(bytes: &[u8]) -> Sniff {
 
 /// A TLS ClientHello, and what is to be said of it if its end does not come within the bound.
 fn sniff_tls(bytes: &[u8]) -> (Sniff, Sniff) {
+    match hello_body(bytes) {
+        Ok(body) => (our_alpn(&body).map_or(Sniff::TlsOther, Sniff::TlsOurs), Sniff::TlsOther),
+        Err(sniffed) => sniffed,
+    }
+}
+
+/// The name that a ClientHello asks for (SNI), if these first bytes of a connection hold a whole ClientHello.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServerName {
+    /// This one, as sent.
+    Name(String),
+    /// It asks for none, or for what is no name.
+    None,
+    /// There is no ClientHello.
+    NotTls,
+}
+
+/// Reads the name that a ClientHello asks for.
+pub fn server_name(bytes: &[u8]) -> ServerName {
+    let window = bytes.get(..SNIFF_BYTES_MAX).unwrap_or(bytes);
+    match window.first() {
+        Some(0x16) => match hello_body(window) {
+            Ok(body) => name_in(&body).map_or(ServerName::None, ServerName::Name),
+            Err((_, Sniff::TlsOther)) => ServerName::None,
+            Err(_) => ServerName::NotTls,
+        },
+        _ => ServerName::NotTls,
+    }
+}
+
+/// The body of the ClientHello in the first records, else what [`sniff_tls`] says.
+fn hello_body(bytes: &[u8]) -> Result<Vec<u8>, (Sniff, Sniff)> {
     // The record's type, and its version: 3.0 to 3.4 whatever is spoken in the end.
     match (bytes.get(1), bytes.get(2)) {
         (Some(3) | None, Some(0..=4) | None) => {}
-        _ => return (Sniff::Opaque, Sniff::Opaque),
+        _ => return Err((Sniff::Opaque, Sniff::Opaque)),
     }
     let mut hello = Vec::new();
     let mut records = Reader(bytes);
     loop {
         let (Some(kind), Some(_version)) = (records.u8(), records.take(2)) else {
-            return (Sniff::NeedMore, Sniff::TlsOther);
+            return Err((Sniff::NeedMore, Sniff::TlsOther));
         };
         let Some(length) = records.u16() else {
-            return (Sniff::NeedMore, Sniff::TlsOther);
+            return Err((Sniff::NeedMore, Sniff::TlsOther));
         };
         if kind != 0x16 || length == 0 || length > 1 << 14 {
             // Within a hello only handshake records may follow; before one it is no TLS.
             let first = hello.is_empty();
-            return if first {
+            return Err(if first {
                 (Sniff::Opaque, Sniff::Opaque)
             } else {
                 (Sniff::TlsOther, Sniff::TlsOther)
-            };
+            });
         }
         let here = records.0.get(..usize::from(length)).unwrap_or(records.0);
         hello.extend_from_slice(here);
         if hello.first().is_some_and(|kind| *kind != 1) {
-            return (Sniff::Opaque, Sniff::Opaque);
+            return Err((Sniff::Opaque, Sniff::Opaque));
         }
         let mut handshake = Reader(&hello);
         if let (Some(_kind), Some(high), Some(low)) = (handshake.u8(), handshake.u8(), handshake.u16()) {
             let length = usize::from(high) << 16 | usize::from(low);
             if let Some(body) = handshake.take(length) {
-                let sniffed = our_alpn(body).map_or(Sniff::TlsOther, Sniff::TlsOurs);
-                return (sniffed, Sniff::TlsOther);
+                return Ok(body.to_vec());
             }
             if length > SNIFF_BYTES_MAX {
-                return (Sniff::TlsOther, Sniff::TlsOther);
+                return Err((Sniff::TlsOther, Sniff::TlsOther));
             }
         }
         if here.len() < usize::from(length) {
-            return (Sniff::NeedMore, Sniff::TlsOther);
+            return Err((Sniff::NeedMore, Sniff::TlsOther));
         }
         records.0 = records.0.get(usize::from(length)..).unwrap_or_default();
     }
 }
 
-/// Our protocol among those that a ClientHello's body offers (RFC 8446 §4.1.2, RFC 7301 §3.1).
-fn our_alpn(body: &[u8]) -> Option<Alpn> {
+/// The body of an extension of a ClientHello (RFC 8446 §4.1.2), the first of that type.
+fn extension(body: &[u8], wanted: u16) -> Option<&[u8]> {
     let mut hello = Reader(body);
     hello.take(2 + 32)?;
     let session = hello.u8()?;
@@ -165,20 +196,40 @@ fn our_alpn(body: &[u8]) -> Option<Alpn> {
     let mut extensions = Reader(hello.take(length.into())?);
     loop {
         let (kind, length) = (extensions.u16()?, extensions.u16()?);
-        let mut extension = Reader(extensions.take(length.into())?);
-        if kind != 16 {
-            continue;
+        let extension = extensions.take(length.into())?;
+        if kind == wanted {
+            return Some(extension);
         }
-        let length = extension.u16()?;
-        let mut protocols = Reader(extension.take(length.into())?);
-        while let Some(length) = protocols.u8() {
-            match protocols.take(length.into())? {
-                name if name == ALPN_HTTP => return Some(Alpn::Http),
-                name if name == ALPN_TCP => return Some(Alpn::Tcp),
-                _ => {}
-            }
+    }
+}
+
+/// Our protocol among those that a ClientHello's body offers (RFC 7301 §3.1).
+fn our_alpn(body: &[u8]) -> Option<Alpn> {
+    let mut extension = Reader(extension(body, 16)?);
+    let length = extension.u16()?;
+    let mut protocols = Reader(extension.take(length.into())?);
+    while let Some(length) = protocols.u8() {
+        match protocols.take(length.into())? {
+            name if name == ALPN_HTTP => return Some(Alpn::Http),
+            name if name == ALPN_TCP => return Some(Alpn::Tcp),
+            _ => {}
         }
-        return None;
+    }
+    None
+}
+
+/// The host name that a ClientHello's body asks for (RFC 6066 §3): ASCII, not empty.
+fn name_in(body: &[u8]) -> Option<String> {
+    let mut extension = Reader(extension(body, 0)?);
+    let length = extension.u16()?;
+    let mut names = Reader(extension.take(length.into())?);
+    loop {
+        let (kind, length) = (names.u8()?, names.u16()?);
+        let name = names.take(length.into())?;
+        if kind == 0 {
+            let plain = !name.is_empty() && name.iter().all(u8::is_ascii_graphic);
+            return plain.then(|| String::from_utf8_lossy(name).into_owned());
+        }
     }
 }
 
@@ -217,6 +268,9 @@ pub fn fuzz_sniff(bytes: &[u8]) {
     let whole = sniff(bytes);
     assert!(decided.is_none_or(|decided| decided == whole));
     assert!(whole != Sniff::NeedMore || bytes.len() < SNIFF_BYTES_MAX);
+    // What is no TLS asks for nothing.
+    let tls = matches!(whole, Sniff::TlsOurs(_) | Sniff::TlsOther | Sniff::NeedMore);
+    assert!(tls || server_name(bytes) == ServerName::NotTls);
 }
 
 #[cfg(test)]
@@ -337,6 +391,31 @@ mod tests {
             client.write_tls(&mut bytes).unwrap();
             assert_eq!(sniff(&bytes), expected);
             assert_eq!(sniff(&bytes[..bytes.len() - 1]), Sniff::NeedMore);
+        }
+    }
+
+    #[test]
+    fn names_are_read_out_of_hellos() {
+        let config = rustls::ClientConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        for (asked, wanted) in [
+            ("a.example", ServerName::Name("a.example".to_owned())),
+            ("10.0.0.1", ServerName::None),
+        ] {
+            let name = rustls::pki_types::ServerName::try_from(asked).unwrap().to_owned();
+            let mut client = rustls::ClientConnection::new(config.clone().into(), name).unwrap();
+            let mut bytes = Vec::new();
+            client.write_tls(&mut bytes).unwrap();
+            assert_eq!(server_name(&bytes), wanted, "{asked}");
+            // A hello that does not end is one all the same.
+            assert_eq!(server_name(&bytes[..bytes.len() - 1]), ServerName::None, "{asked}");
+        }
+        assert_eq!(server_name(&hello(&[b"h2"], 50)), ServerName::None);
+        for other in [&b""[..], b"GET / HTTP/1.1\r\n", b"\x16\x02\x01", b"SSH-2.0-x\r\n"] {
+            assert_eq!(server_name(other), ServerName::NotTls, "{other:?}");
         }
     }
 

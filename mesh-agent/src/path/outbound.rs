@@ -1,7 +1,7 @@
 //! The source's side: a connection that a pod's application made.
 //!
 //! Stages: identify (what is the destination?) → protocol (declared, or told by the first byte of either side) →
-//! for requests [`requests_out`](super::requests_out), for opaque bytes: pick → way → dial → relay. What is refused is
+//! for requests [`requests_out`](super::requests_out), for opaque bytes: route → pick → way → dial → relay. What is refused is
 //! reset, so that the application sees a failed connection and never an empty but clean one. Every connection closes
 //! one record, and a second one as the destination's when the destination is a pod of this node.
 
@@ -11,6 +11,8 @@ use bytes::BytesMut;
 use mesh_api::{
     authz::{Permit, SourceAttributes},
     backend::Backend,
+    route::{FlowChoice, FlowTable, Hello, select_flow},
+    rule::RuleId,
     view::{Destination, InboundPolicy, ServicePortView, View},
     workload::{AppProtocol, Endpoint, ObjectName, Workload},
 };
@@ -30,7 +32,7 @@ use super::{
 };
 use crate::{
     event::{ConnectionSecurity, Outcome, Refusal},
-    l7::detect::Sniff,
+    l7::detect::{ServerName, Sniff, server_name},
     net,
     relay::{self, How, RelayEnd, Side, Stop},
     traffic::{Admission, ConnectionGuard, Picked, Rejection, Report},
@@ -55,9 +57,9 @@ pub enum Wanted {
 }
 
 impl Wanted {
-    fn protocol(&self, view: &View) -> AppProtocol {
+    fn protocol(&self, view: &View, source_namespace: &str) -> AppProtocol {
         match self {
-            Wanted::Service(port) => port.port.protocol,
+            Wanted::Service(port) => port.protocol_for(source_namespace),
             Wanted::Workload(endpoint) => view.inbound(&endpoint.workload.name, endpoint.address.port()).protocol,
             Wanted::Outside(_) => AppProtocol::Tcp,
         }
@@ -78,6 +80,8 @@ enum Speaks {
 struct Dialed {
     stream: TargetStream,
     endpoint: Option<Endpoint>,
+    /// The rule of the route that sent it there.
+    route: Option<RuleId>,
     /// Held while the flow lives: the backend's counts.
     picked: Option<Picked>,
     _counted: Option<(Admission, ConnectionGuard)>,
@@ -159,10 +163,10 @@ impl Flow<'_> {
     /// Tells what the connection speaks. The destination is dialed only if the source stays silent, since a protocol in
     /// which the destination speaks first cannot be told otherwise.
     async fn protocol(&self, stream: &mut TcpStream, first: &mut BytesMut) -> std::io::Result<Speaks> {
-        let declared = self.wanted.protocol(&self.view);
+        let declared = self.wanted.protocol(&self.view, self.namespace());
         let config = &self.worker.shared.config;
         match declared {
-            AppProtocol::Tcp | AppProtocol::Tls => return Ok(Speaks::Opaque(None)),
+            AppProtocol::Tcp | AppProtocol::Tls => return self.name_asked_for(stream, first, declared).await,
             AppProtocol::Http1 | AppProtocol::Http2 | AppProtocol::Grpc => {
                 // A pooled connection may wait long for its first request.
                 let idle = crate::l7::Limits::default().idle_timeout;
@@ -183,7 +187,7 @@ impl Flow<'_> {
                 Sniffed::Silent => {}
             }
         }
-        let Ok(mut dialed) = self.dial(true).await else {
+        let Ok(mut dialed) = self.dial(true, &[]).await else {
             // Whoever refused the flow may still take requests: only the source's own words decide now.
             return Ok(match sniff::fill(stream, first).await? {
                 0 => Speaks::Nothing,
@@ -196,6 +200,10 @@ impl Flow<'_> {
             read = sniff::fill(stream, first) => match read? {
                 0 => Ok(Speaks::Opaque(Some((Box::new(dialed), early)))),
                 _ => Ok(match self.after_first_byte(stream, first).await? {
+                    // A name that comes late may lead elsewhere.
+                    Speaks::Opaque(_) if self.asks_for_names() && server_name(first) != ServerName::NotTls => {
+                        Speaks::Opaque(None)
+                    }
                     Speaks::Opaque(_) => Speaks::Opaque(Some((Box::new(dialed), early))),
                     http => http,
                 }),
@@ -208,6 +216,32 @@ impl Flow<'_> {
                 Ok(Speaks::Opaque(Some((Box::new(dialed), early))))
             }
         }
+    }
+
+    /// Reads the ClientHello of a connection whose way hangs on the name in it. Where connections of any kind have a
+    /// way, a source that stays silent waits for the destination to speak first.
+    async fn name_asked_for(
+        &self,
+        stream: &TcpStream,
+        first: &mut BytesMut,
+        declared: AppProtocol,
+    ) -> std::io::Result<Speaks> {
+        if !self.asks_for_names() {
+            return Ok(Speaks::Opaque(None));
+        }
+        let config = &self.worker.shared.config;
+        let takes_any = self.flows().is_some_and(|flows| flows.takes_any(self.namespace()));
+        let silence = if takes_any && declared != AppProtocol::Tls {
+            config.silence
+        } else {
+            config.handshake_timeout
+        };
+        Ok(
+            match sniff::read_first(stream, first, silence, config.handshake_timeout).await? {
+                Sniffed::Known(_) | Sniffed::Silent => Speaks::Opaque(None),
+                Sniffed::Closed => Speaks::Nothing,
+            },
+        )
     }
 
     async fn after_first_byte(&self, stream: &TcpStream, first: &mut BytesMut) -> std::io::Result<Speaks> {
@@ -232,7 +266,7 @@ impl Flow<'_> {
     async fn relay(self, mut stream: TcpStream, first: BytesMut, early: Option<(Box<Dialed>, BytesMut)>) {
         let (mut dialed, early) = match early {
             Some((dialed, early)) => (*dialed, early),
-            None => match self.dial(false).await {
+            None => match self.dial(false, &first).await {
                 Ok(dialed) => (dialed, BytesMut::new()),
                 Err(refused) => {
                     net::reset_on_close(&stream);
@@ -241,6 +275,9 @@ impl Flow<'_> {
             },
         };
         let mut record = self.record(dialed.endpoint.as_ref(), dialed.security);
+        if let Some(route) = dialed.route.take() {
+            record.set_route(route);
+        }
         record.established();
         let mut twin = dialed.local.as_ref().map(|local| {
             let mut twin = self.twin(self.view.workload(&local.name));
@@ -279,8 +316,48 @@ impl Flow<'_> {
         record.close(outcome);
     }
 
-    /// Picks an endpoint and goes there; another one when it cannot be reached.
-    async fn dial(&self, confirm: bool) -> Result<Dialed, FlowRefused> {
+    fn namespace(&self) -> &str {
+        &self.pod.name().namespace
+    }
+
+    /// The routes for connections to the port.
+    fn flows(&self) -> Option<&FlowTable> {
+        match &self.wanted {
+            Wanted::Service(port) => port.flows.as_deref(),
+            Wanted::Workload(_) | Wanted::Outside(_) => None,
+        }
+    }
+
+    fn asks_for_names(&self) -> bool {
+        self.flows().is_some_and(|flows| flows.asks_for_names(self.namespace()))
+    }
+
+    /// The backend that the port's routes send a connection to which begins so, and the rule that says it.
+    fn route<'a>(&self, port: &'a ServicePortView, first: &[u8]) -> Result<(&'a Backend, Option<RuleId>), Denial> {
+        let Some(flows) = &port.flows else {
+            return Ok((&port.backend, None));
+        };
+        let name = server_name(first);
+        let hello = match &name {
+            ServerName::Name(name) => Hello::Name(name),
+            ServerName::None => Hello::NoName,
+            ServerName::NotTls => Hello::NotTls,
+        };
+        match select_flow(flows, self.namespace(), hello) {
+            FlowChoice::Unrouted => Ok((&port.backend, None)),
+            FlowChoice::NoMatch => Err(Denial::of(Refusal::NoRoute)),
+            FlowChoice::Rule(rule) => match rule.pick(rand::random()).map(|share| &share.backend) {
+                Some(Ok(backend)) => Ok((backend, Some(rule.id.clone()))),
+                Some(Err(_)) | None => Err(Denial {
+                    rule: rule.id.clone(),
+                    ..Denial::of(Refusal::BadBackend)
+                }),
+            },
+        }
+    }
+
+    /// Picks an endpoint for a connection that begins so, and goes there; another one when it cannot be reached.
+    async fn dial(&self, confirm: bool, first: &[u8]) -> Result<Dialed, FlowRefused> {
         let refused = |refusal| FlowRefused {
             denial: Denial::of(refusal),
             endpoint: None,
@@ -293,7 +370,14 @@ impl Flow<'_> {
                 Ok(Dialed::plain(Kind::Plain(stream)))
             }
             Wanted::Workload(endpoint) => self.dial_endpoint(endpoint, timeout, confirm).await,
-            Wanted::Service(port) => self.dial_backend(&port.backend, confirm).await,
+            Wanted::Service(port) => {
+                let (backend, route) = self.route(port, first).map_err(|denial| FlowRefused {
+                    denial,
+                    ..refused(Refusal::NoRoute)
+                })?;
+                let dialed = self.dial_backend(backend, confirm).await?;
+                Ok(Dialed { route, ..dialed })
+            }
         }
     }
 
@@ -421,7 +505,6 @@ impl Flow<'_> {
         record
     }
 
-    /// The destination's record of a flow that stays on this node.
     /// The destination's record of what stays on this node.
     fn twin(&self, destination: Option<&Arc<Workload>>) -> crate::event::ConnRecord {
         let source = self.pod.workload();
@@ -479,6 +562,7 @@ impl Dialed {
         Dialed {
             stream: TargetStream::new(kind),
             endpoint: None,
+            route: None,
             picked: None,
             _counted: None,
             security: ConnectionSecurity::None,

@@ -17,6 +17,8 @@ pub const REFUSAL_HEADER: &str = "x-nodemesh-refusal";
 pub fn refusal(refusal: Refusal, retry_after: Option<u64>) -> Reply {
     let status = refusal.http_status().unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     let grpc = match status {
+        // What the Gateway API wants of a call without a backend.
+        _ if refusal == Refusal::BadBackend => GrpcStatus::Unavailable,
         StatusCode::FORBIDDEN => GrpcStatus::PermissionDenied,
         StatusCode::TOO_MANY_REQUESTS => GrpcStatus::ResourceExhausted,
         StatusCode::NOT_FOUND => GrpcStatus::Unimplemented,
