@@ -99,7 +99,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let base = options.compare.as_deref().map(report::read).transpose()?;
     let ours = systems::wanted(&options.systems)?;
     let works = work::wanted(&options.works)?;
-    let lab = lab(&options.name)?;
+    let lab = lab(&options.name, &[])?;
     let report = measure::run(&lab, options, &ours, &peers, &works)?;
     lab.down()?;
     report::print(&report);
@@ -112,8 +112,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// A lab with the bench's pods.
-fn lab(name: &str) -> Result<Lab> {
+fn lab(name: &str, agent_args: &[&str]) -> Result<Lab> {
     let mut config = LabConfig::new(name).manifest(systems::manifest());
+    config.agent_args = agent_args.iter().map(|argument| (*argument).into()).collect();
     config.service_rules = false;
     config.progress = |step| eprintln!("bench: {step}");
     Lab::up(config)

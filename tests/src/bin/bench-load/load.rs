@@ -375,7 +375,9 @@ impl Load<'_> {
                     now = Instant::now();
                 }
             }
-            let finished = self.plan.requests.is_some_and(|most| self.sent >= most) && self.open == 0;
+            let all_sent = self.plan.requests.is_some_and(|most| self.sent >= most);
+            // Without a rate, nothing follows when nothing is open: the rest failed.
+            let finished = self.open == 0 && (all_sent || self.plan.rate == 0.0);
             // Without a rate, what is still open at the end was not asked for within it.
             let over = now >= self.end && (self.open == 0 || self.plan.rate == 0.0);
             if finished || over {
