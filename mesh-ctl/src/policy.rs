@@ -19,7 +19,7 @@ use crate::{
     check,
     connect::{CALL_TIMEOUT, Failure, World, connect},
     explain::{self, ExplainArgs},
-    get,
+    get, kubernetes,
     output::{Format, print, print_value},
 };
 
@@ -41,15 +41,24 @@ pub enum PolicyCommand {
     Explain(ExplainArgs),
 }
 
+/// Where a dry run is done; without a cluster it is always the controller's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DryRun {
+    /// By the API server.
+    Server,
+    /// By this program, without asking anybody.
+    Client,
+}
+
 /// How long to wait for agents.
 #[derive(Debug, clap::Args)]
 pub struct WaitArgs {
     /// Return only when every connected agent holds the new revision; fail if one refuses it.
     #[arg(long)]
-    wait: bool,
+    pub wait: bool,
     /// How long --wait waits.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::duration)]
-    timeout: Duration,
+    pub timeout: Duration,
 }
 
 /// Arguments of `apply`.
@@ -57,15 +66,18 @@ pub struct WaitArgs {
 pub struct ApplyArgs {
     /// A file, a directory (its *.yaml, *.yml and *.json) or - for standard input; may be given again.
     #[arg(short, long = "filename", value_name = "FILE|DIR|-", required = true)]
-    filenames: Vec<PathBuf>,
-    /// Say what would change, and change nothing.
+    pub filenames: Vec<PathBuf>,
+    /// Say what would change, and change nothing. In a cluster the API server is asked either way.
+    #[arg(long, value_enum, value_name = "WHERE", num_args = 0..=1, require_equals = true, default_missing_value = "server")]
+    pub dry_run: Option<DryRun>,
+    /// Take over fields that somebody else has set (in a cluster).
     #[arg(long)]
-    dry_run: bool,
+    pub force_conflicts: bool,
     #[command(flatten)]
-    wait: WaitArgs,
+    pub wait: WaitArgs,
     /// How the result is printed.
     #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
+    pub output: Format,
 }
 
 /// Arguments of `delete`.
@@ -77,24 +89,24 @@ pub struct DeleteArgs {
         required_unless_present = "filenames",
         conflicts_with = "filenames"
     )]
-    what: Option<String>,
+    pub what: Option<String>,
     /// The document's name.
     #[arg(value_name = "NAME")]
-    name: Option<String>,
+    pub name: Option<String>,
     /// Delete the documents of this file, directory or standard input; may be given again.
     #[arg(short, long = "filename", value_name = "FILE|DIR|-")]
-    filenames: Vec<PathBuf>,
+    pub filenames: Vec<PathBuf>,
     /// Documents that are not there are no failure.
     #[arg(long)]
-    ignore_not_found: bool,
-    /// Say what would change, and change nothing.
-    #[arg(long)]
-    dry_run: bool,
+    pub ignore_not_found: bool,
+    /// Say what would change, and change nothing. In a cluster the API server is asked either way.
+    #[arg(long, value_enum, value_name = "WHERE", num_args = 0..=1, require_equals = true, default_missing_value = "server")]
+    pub dry_run: Option<DryRun>,
     #[command(flatten)]
-    wait: WaitArgs,
+    pub wait: WaitArgs,
     /// How the result is printed.
     #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
+    pub output: Format,
 }
 
 /// What `apply` and `delete` print for programs.
@@ -119,6 +131,14 @@ struct ChangeLine {
 
 /// Runs `mesh-ctl policy`.
 pub async fn run(command: PolicyCommand, world: &World) -> Result<(), Failure> {
+    if let World::Kubernetes(cluster) = world {
+        match &command {
+            PolicyCommand::Apply(args) => return kubernetes::policy::apply(args, cluster.cluster().await?).await,
+            PolicyCommand::Get(args) => return kubernetes::policy::get(args, cluster.cluster().await?).await,
+            PolicyCommand::Delete(args) => return kubernetes::policy::delete(args, cluster.cluster().await?).await,
+            PolicyCommand::Check(_) | PolicyCommand::Explain(_) => {}
+        }
+    }
     match command {
         PolicyCommand::Apply(args) => apply(args, world).await,
         PolicyCommand::Get(args) => get::run(args, world).await,
@@ -244,7 +264,7 @@ async fn apply(args: ApplyArgs, world: &World) -> Result<(), Failure> {
     let mut client = connect(world, CALL_TIMEOUT).await?;
     let request = ApplyRequest {
         sources,
-        dry_run: args.dry_run,
+        dry_run: args.dry_run.is_some(),
     };
     let response = client.apply(request).await?.into_inner();
     let (wrong, warnings) = split_problems(response.problems);
@@ -254,12 +274,19 @@ async fn apply(args: ApplyArgs, world: &World) -> Result<(), Failure> {
     }
     let report = ChangeReport {
         revision: response.revision,
-        dry_run: args.dry_run,
+        dry_run: args.dry_run.is_some(),
         changes: change_lines(response.changes),
         warnings,
     };
     print_changes(&report, args.output)?;
-    wait(&args.wait, args.dry_run, response.revision, world, args.output).await
+    wait(
+        &args.wait,
+        args.dry_run.is_some(),
+        response.revision,
+        world,
+        args.output,
+    )
+    .await
 }
 
 /// Waits for all agents, if asked to.
@@ -307,6 +334,23 @@ async fn wait(args: &WaitArgs, dry_run: bool, revision: u64, world: &World, outp
     Ok(())
 }
 
+/// The short names of the definitions, and kubectl's of Kubernetes' own kinds.
+fn long_name(kind: &str) -> &str {
+    match kind {
+        "ap" => "AccessPolicy",
+        "mp" => "MeshPolicy",
+        "rl" => "RateLimit",
+        "ss" => "ServiceSubset",
+        "tp" => "TrafficPolicy",
+        "ns" => "Namespace",
+        "no" => "Node",
+        "po" => "Pod",
+        "sa" => "ServiceAccount",
+        "svc" => "Service",
+        long => long,
+    }
+}
+
 /// `KIND`, `KIND/NAME` or `KIND NAME`.
 pub fn kind_and_name(what: Option<&str>, name: Option<&str>) -> Result<(Option<Kind>, String), Failure> {
     let Some(what) = what else {
@@ -316,7 +360,7 @@ pub fn kind_and_name(what: Option<&str>, name: Option<&str>) -> Result<(Option<K
         Some((kind, inner)) => (kind, Some(inner)),
         None => (what, None),
     };
-    let found = Kind::find(kind).ok_or_else(|| {
+    let found = Kind::find(long_name(kind)).ok_or_else(|| {
         let all: Vec<_> = Kind::ALL.iter().map(|kind| kind.as_str()).collect();
         Failure::Usage(format!("unknown kind {kind:?}, expected one of {}", all.join(", ")))
     })?;
@@ -342,7 +386,7 @@ async fn delete(args: DeleteArgs, world: &World) -> Result<(), Failure> {
     let request = DeleteRequest {
         keys,
         sources: read_sources(&args.filenames)?,
-        dry_run: args.dry_run || !args.ignore_not_found,
+        dry_run: args.dry_run.is_some() || !args.ignore_not_found,
     };
     let mut client = connect(world, CALL_TIMEOUT).await?;
     let mut response = client.delete(request.clone()).await?.into_inner();
@@ -355,7 +399,7 @@ async fn delete(args: DeleteArgs, world: &World) -> Result<(), Failure> {
         if !warnings.is_empty() {
             return Err(Failure::Refused(warnings));
         }
-        if !args.dry_run {
+        if args.dry_run.is_none() {
             let request = DeleteRequest {
                 dry_run: false,
                 ..request
@@ -366,10 +410,10 @@ async fn delete(args: DeleteArgs, world: &World) -> Result<(), Failure> {
     }
     let report = ChangeReport {
         revision: response.revision,
-        dry_run: args.dry_run,
+        dry_run: args.dry_run.is_some(),
         changes: change_lines(response.changes),
         warnings,
     };
     print_changes(&report, args.output)?;
-    wait(&args.wait, args.dry_run, report.revision, world, args.output).await
+    wait(&args.wait, args.dry_run.is_some(), report.revision, world, args.output).await
 }

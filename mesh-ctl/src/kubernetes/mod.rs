@@ -6,6 +6,7 @@
 mod client;
 mod forward;
 pub mod objects;
+pub mod policy;
 
 pub use client::{Cluster, KubeArgs};
 pub use forward::leader_channel;
