@@ -91,15 +91,17 @@ pub fn fetch(suite: &str, directory: &Path) -> Result<Image> {
     let release = package.trim_start_matches("linux-image-").to_owned();
     let root = directory.join(&release);
     if !root.join("complete").exists() {
-        shell::run(apt.command("apt-get").args(["download", &package]))?;
-        let archive = fs::read_dir(&apt.directory)?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|end| end == "deb"))
-            .with_context(|| format!("apt fetched no {package}"))?;
+        let parts = shell::read(apt.command("apt-cache").args(["depends", "--important", &package]))?;
+        let mut packages = vec![package.clone()];
+        packages.extend(kernel_parts(&parts));
+        shell::run(apt.command("apt-get").arg("download").args(&packages))?;
         fs::create_dir_all(&root)?;
-        shell::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&root))?;
-        fs::remove_file(archive)?;
+        for archive in fs::read_dir(&apt.directory)?.flatten().map(|entry| entry.path()) {
+            if archive.extension().is_some_and(|end| end == "deb") {
+                shell::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&root))?;
+                fs::remove_file(archive)?;
+            }
+        }
         fs::write(root.join("complete"), "")?;
     }
     let vmlinuz = [
@@ -130,6 +132,15 @@ fn kernel_package(depends: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
+/// Where Debian packs the kernel and its modules apart from the package that stands for both.
+fn kernel_parts(depends: &str) -> Vec<String> {
+    let names = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends:"));
+    names
+        .map(|name| name.trim().to_owned())
+        .filter(|name| name.starts_with("linux-binary-") || name.starts_with("linux-modules-"))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,5 +164,7 @@ mod tests {
             Some("linux-image-6.1.0-50-cloud-amd64")
         );
         assert_eq!(kernel_package("linux-image-cloud-amd64\n"), None);
+        let apart = "linux-image-7.2\n |Depends: dracut\n  Depends: linux-binary-7.2\n  Depends: linux-modules-7.2\n";
+        assert_eq!(kernel_parts(apart), ["linux-binary-7.2", "linux-modules-7.2"]);
     }
 }
