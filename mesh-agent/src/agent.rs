@@ -35,7 +35,7 @@ use crate::{
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
     kernel::{self, Kernel, KernelConfig, node_addresses},
     net::SystemClock,
-    pods::{Leave, PodStatus, Pods, WorkerCommand},
+    pods::{CaptureTimes, Discovery, GateConfig, Leave, PodStatus, Pods, Sandboxes, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
     view::{AgentReport, SyncConfig, SyncHealth, ViewStore, ViewSync},
     worker::Shared,
@@ -43,6 +43,8 @@ use crate::{
 
 /// How long a pod that could not be captured waits for another try.
 const POD_RETRY: Duration = Duration::from_secs(1);
+/// How often it is asked whom the kernel refused as a stranger.
+const STRANGERS_LOOK: Duration = Duration::from_millis(250);
 /// How often the keeper is looked after.
 const KEEPER_LOOK: Duration = Duration::from_secs(1);
 /// How long a keeper may take to be there at the start: what it holds must not be made a second time.
@@ -89,7 +91,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let traffic = Traffic::new();
 
     let (senders, receivers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| mpsc::channel(COMMANDS_MAX)).unzip();
-    let pods = pods(&config, &kernel, &senders).await?;
+    let (pods, sandboxes) = discover(&config, pods(&config, &kernel, &senders).await?)?;
     let (trigger, drain) = drain::channel();
     let shared = Arc::new(Shared {
         node: config.node.as_str().into(),
@@ -117,7 +119,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let issuer = issuer
         .kept_in(keep, Some(bundle.borrow().clone()))
         .telling(events.clone());
-    add_sources(&events, &kernel, &credentials, &traffic);
+    add_sources(&events, &kernel, &credentials, &traffic, pods.times());
     events.add_source(Box::new(health.clone()));
 
     let control = tokio::task::spawn_local(sync.run(report_in));
@@ -141,6 +143,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
         traffic,
         events: events.clone(),
         pods,
+        sandboxes,
         kept,
         bundle,
         wanted: wanted_out,
@@ -191,6 +194,22 @@ async fn serve(config: AgentConfig) -> Result<()> {
     Ok(())
 }
 
+/// On Kubernetes pods are found by their cgroups, and guarded from their birth.
+fn discover(config: &AgentConfig, pods: Pods) -> Result<(Pods, Option<watch::Receiver<Arc<Sandboxes>>>)> {
+    let Some(kubernetes) = &config.kubernetes else {
+        return Ok((pods, None));
+    };
+    let discovery = Discovery::open(&config.kernel.cgroup, &kubernetes.pod_logs).context("the pods' cgroups")?;
+    let gate = GateConfig {
+        refuses: kubernetes.refuses_unclassified,
+        trusted: kubernetes.trusted_namespaces.clone(),
+        roots: discovery.pod_roots(),
+    };
+    let sandboxes = discovery.sandboxes();
+    tokio::task::spawn_local(discovery.run());
+    Ok((pods.with_gate(gate)?, Some(sandboxes)))
+}
+
 /// The pods, with the keeper if there should be one.
 async fn pods(config: &AgentConfig, kernel: &Arc<Kernel>, workers: &[mpsc::Sender<WorkerCommand>]) -> Result<Pods> {
     let pods = Pods::new(kernel.clone(), workers.to_vec())?;
@@ -222,7 +241,8 @@ fn admin(
     let (health, view, pods, drain) = (health.clone(), view.clone(), pods.clone(), drain.clone());
     Admin::new(events.clone())
         .ready_when(move || {
-            let uncaptured = pods.borrow().iter().filter(|pod| pod.enrolled && !pod.captured).count();
+            let is_bare = |pod: &&PodStatus| pod.enrolled && !pod.captured && !pod.is_absent;
+            let uncaptured = pods.borrow().iter().filter(is_bare).count();
             let revision = view.peek().revision();
             vec![
                 Check {
@@ -281,6 +301,8 @@ struct Upkeep {
     traffic: Arc<Traffic>,
     events: Arc<Events>,
     pods: Pods,
+    /// On Kubernetes only.
+    sandboxes: Option<watch::Receiver<Arc<Sandboxes>>>,
     /// Whether the keeper, if there should be one, holds what it should.
     kept: Arc<AtomicBool>,
     bundle: watch::Receiver<Arc<TrustBundle>>,
@@ -304,9 +326,17 @@ impl Upkeep {
         let mut changes = self.view.subscribe();
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
         let mut issued = self.credentials.subscribe();
+        let mut strangers = tokio::time::interval(STRANGERS_LOOK);
         let mut looks = tokio::time::interval(KEEPER_LOOK);
         loop {
             let view = self.view.load();
+            if let Some(sandboxes) = &mut self.sandboxes {
+                let now = sandboxes.borrow_and_update().clone();
+                self.pods.set_sandboxes(now);
+            }
+            if view.revision().0 == 0 {
+                self.pods.await_view();
+            }
             // Before there is a view nothing is known, and what an earlier agent captured stays captured.
             if view.revision().0 > 0 {
                 let here: Vec<Arc<Workload>> = view.workloads_on(&self.node).cloned().collect();
@@ -331,6 +361,8 @@ impl Upkeep {
                 tokio::select! {
                     // The sender lives in the store, so the wait cannot fail.
                     _ = changes.changed() => break,
+                    () = changed(&mut self.sandboxes) => break,
+                    _ = strangers.tick() => if self.pods.meet_strangers() { break },
                     _ = issued.changed() => self.tell(),
                     // Peers are judged by the newest roots, without waiting for a renewal.
                     Ok(()) = self.bundle.changed() => {
@@ -381,6 +413,16 @@ impl Upkeep {
     }
 }
 
+/// The next change of the sandboxes; never, where they are not looked for.
+async fn changed(sandboxes: &mut Option<watch::Receiver<Arc<Sandboxes>>>) {
+    if let Some(sandboxes) = sandboxes
+        && sandboxes.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
 /// What has happened to the pods between two looks at them.
 fn pod_events(before: &[PodStatus], now: &[PodStatus]) -> Vec<Event> {
     let find = |all: &[PodStatus], name: &ObjectName| all.iter().find(|pod| pod.name == *name).cloned();
@@ -408,7 +450,18 @@ fn pod_events(before: &[PodStatus], now: &[PodStatus]) -> Vec<Event> {
 }
 
 /// The gauges that belong to no traffic.
-fn add_sources(events: &Arc<Events>, kernel: &Arc<Kernel>, credentials: &Arc<CredentialStore>, traffic: &Arc<Traffic>) {
+fn add_sources(
+    events: &Arc<Events>,
+    kernel: &Arc<Kernel>,
+    credentials: &Arc<CredentialStore>,
+    traffic: &Arc<Traffic>,
+    times: CaptureTimes,
+) {
+    events.add_source(Box::new(move |samples: &mut Samples| {
+        let help = "From the birth of a pod's sandbox to its capture";
+        let (sum, buckets) = times.snapshot();
+        samples.histogram("nodemesh_agent_capture_seconds", help, sum, buckets);
+    }));
     let kernel = kernel.clone();
     events.add_source(Box::new(move |samples: &mut Samples| {
         for gauge in kernel.gauges() {

@@ -4,6 +4,7 @@
 //! are refused, because a misspelt guard is no guard. Reading decides nothing about the running agent.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     net::{Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -20,6 +21,10 @@ use crate::{
     view::ControllerConfig,
     worker::PathConfig,
 };
+
+/// Namespaces whose pods need not wait for the API: the controller's own, which is asked for all others, and the
+/// cluster's, on which the controller depends.
+const TRUSTED_NAMESPACES: [&str; 2] = ["kube-system", "nodemesh-system"];
 
 /// The most data workers.
 pub const WORKERS_MAX: usize = 256;
@@ -39,6 +44,8 @@ pub struct AgentConfig {
     pub controller: ControllerConfig,
     /// The kernel side.
     pub kernel: KernelSection,
+    /// How pods are found; none in standalone mode, where they name their network namespaces.
+    pub kubernetes: Option<KubernetesConfig>,
     /// The socket of the keeper that holds the pods' listeners while no agent serves.
     pub keeper: Option<PathBuf>,
     /// Where the agent itself can be asked.
@@ -68,6 +75,17 @@ pub struct KernelSection {
     pub fail_mode: FailMode,
     /// Whether the kernel programs log each decision.
     pub debug: bool,
+}
+
+/// How pods are found on a node of Kubernetes.
+#[derive(Clone, Debug)]
+pub struct KubernetesConfig {
+    /// Whether pods that nobody has classified yet are refused; else they go on unguarded.
+    pub refuses_unclassified: bool,
+    /// Namespaces whose pods need not wait for the API.
+    pub trusted_namespaces: BTreeSet<String>,
+    /// The kubelet's directory of pods' logs, which tells their names.
+    pub pod_logs: PathBuf,
 }
 
 /// Where the agent itself can be asked.
@@ -197,6 +215,12 @@ pub struct ConfigFlags {
     /// [default: hold with a keeper, else refuse]
     #[arg(long, value_name = "MODE")]
     pub fail_mode: Option<String>,
+    /// Find pods as a kubelet's, by their UIDs
+    #[arg(long)]
+    pub kubernetes: bool,
+    /// What happens to pods that nobody has classified yet: refuse or pass [default: refuse]
+    #[arg(long, value_name = "MODE")]
+    pub unclassified: Option<String>,
     /// Address of /metrics [default: [::]:15020]
     #[arg(long, value_name = "ADDRESS")]
     pub metrics_address: Option<String>,
@@ -430,6 +454,7 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
     let controller = read_controller(top.section("controller"));
     let keeper: Option<PathBuf> = top.optional("keeper");
     let kernel = read_kernel(top.section("kernel"), node.as_deref(), keeper.is_some());
+    let kubernetes = read_kubernetes(top.section("kubernetes"), kernel.fail_mode);
     let admin = read_admin(top.section("admin"));
 
     let mut section = top.section("log");
@@ -477,6 +502,7 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
         workers,
         controller: controller?,
         kernel,
+        kubernetes,
         keeper,
         admin,
         log,
@@ -543,7 +569,8 @@ fn read_kernel(mut section: Section<'_>, node: Option<&str>, keeper: bool) -> Ke
             cgroup2_root().unwrap_or_else(|_| PathBuf::from("/sys/fs/cgroup")),
         ),
         pin_root: section.or("pinRoot", PathBuf::from("/sys/fs/bpf/nodemesh")),
-        instance: section.or("instance", node.unwrap_or_default().to_owned()),
+        // A node's name may have dots, and no underscore.
+        instance: section.or("instance", node.unwrap_or_default().replace('.', "_")),
         fail_mode,
         debug: section.or("debug", false),
     };
@@ -560,6 +587,19 @@ fn read_kernel(mut section: Section<'_>, node: Option<&str>, keeper: bool) -> Ke
     }
     section.end();
     kernel
+}
+
+fn read_kubernetes(mut section: Section<'_>, fail_mode: FailMode) -> Option<KubernetesConfig> {
+    let is_enabled = section.or("enabled", false);
+    // Where captured pods go on unguarded, others need not be guarded either.
+    let default = fail_mode != FailMode::Pass;
+    let config = KubernetesConfig {
+        refuses_unclassified: section.word("unclassified", default, &[("refuse", true), ("pass", false)]),
+        trusted_namespaces: section.or("trustedNamespaces", TRUSTED_NAMESPACES.map(str::to_owned).into()),
+        pod_logs: section.or("podLogs", PathBuf::from("/var/log/pods")),
+    };
+    section.end();
+    is_enabled.then_some(config)
 }
 
 fn read_admin(mut section: Section<'_>) -> AdminConfig {
@@ -617,6 +657,8 @@ impl ConfigFlags {
             ("kernel", "pinRoot", text(&self.pin_root)),
             ("kernel", "instance", word(&self.instance)),
             ("kernel", "failMode", word(&self.fail_mode)),
+            ("kubernetes", "enabled", self.kubernetes.then_some(Value::from(true))),
+            ("kubernetes", "unclassified", word(&self.unclassified)),
             ("admin", "metrics", word(&self.metrics_address)),
             ("admin", "health", word(&self.health_address)),
             ("admin", "socket", text(&self.admin_socket)),
@@ -662,6 +704,7 @@ stateDir: /tmp/state
 workers: 3
 controller: {address: 'controller:15010', trustBundle: /etc/bundle.pem, joinTokenFile: /etc/token, retryMax: 1m}
 kernel: {cgroup: /sys/fs/cgroup/lab, instance: lab-1, failMode: pass}
+kubernetes: {enabled: true, trustedNamespaces: [a, b], podLogs: /logs}
 admin: {metrics: '127.0.0.1:1', health: '[::1]:2', socket: /tmp/s}
 log: {filter: 'mesh_agent=debug,info', format: text}
 accessLog: {enabled: false, format: text, path: /tmp/log}
@@ -680,6 +723,9 @@ drain: {patience: 1s}
         assert_eq!((config.node.as_str(), config.workers), ("node-1", 3));
         assert_eq!(config.controller.retry_max, Duration::from_secs(60));
         assert_eq!(config.kernel.fail_mode, FailMode::Pass);
+        let kubernetes = config.kubernetes.as_ref().unwrap();
+        assert!(!kubernetes.refuses_unclassified, "by the fail mode");
+        assert!(kubernetes.trusted_namespaces.iter().eq(["a", "b"]));
         assert_eq!(config.metrics.compat, Compat::Istio);
         assert_eq!(config.path.idle_timeout, Some(Duration::from_secs(3600)));
         assert_eq!(
@@ -707,6 +753,15 @@ drain: {patience: 1s}
             ("node-2", "node-2")
         );
         assert_eq!(config.admin.metrics.port(), 15020);
+        assert!(config.kubernetes.is_none());
+        let kubernetes = ConfigFlags {
+            kubernetes: true,
+            node: Some("ip-10-0-0-1.example.org".into()),
+            ..flags.clone()
+        };
+        let kubernetes = AgentConfig::parse("", &kubernetes).unwrap();
+        assert!(kubernetes.kubernetes.unwrap().refuses_unclassified);
+        assert_eq!(kubernetes.kernel.instance, "ip-10-0-0-1_example_org");
         assert_eq!(config.trust_domain.as_str(), "cluster.local");
         let over = AgentConfig::parse(WHOLE, &flags).unwrap();
         assert_eq!((over.node.as_str(), over.kernel.instance.as_str()), ("node-2", "lab-1"));

@@ -37,10 +37,17 @@ struct Family {
     samples: Vec<(Labels, f64)>,
 }
 
+struct Histogram {
+    help: &'static str,
+    sum: f64,
+    buckets: Vec<(f64, u64)>,
+}
+
 /// Samples by family, in the order of the exposition.
 #[derive(Default)]
 pub struct Samples {
     families: BTreeMap<&'static str, Family>,
+    histograms: BTreeMap<&'static str, Histogram>,
 }
 
 impl Samples {
@@ -64,6 +71,11 @@ impl Samples {
         value: u64,
     ) {
         self.push(name, help, true, labels.into_iter().collect(), value as f64);
+    }
+
+    /// A histogram without labels: the sum, and each bucket's upper bound with its own count, the last one infinite.
+    pub fn histogram(&mut self, name: &'static str, help: &'static str, sum: f64, buckets: Vec<(f64, u64)>) {
+        self.histograms.insert(name, Histogram { help, sum, buckets });
     }
 
     fn push(&mut self, name: &'static str, help: &'static str, counter: bool, labels: Labels, value: f64) {
@@ -284,6 +296,12 @@ impl Collector for AgentCollector {
                     (false, false) => encoder.encode_gauge(value)?,
                 }
             }
+        }
+        for (name, histogram) in &samples.histograms {
+            let count = histogram.buckets.iter().map(|(_, count)| count).sum();
+            encoder
+                .encode_descriptor(name, histogram.help, None, MetricType::Histogram)?
+                .encode_histogram::<NoLabelSet>(histogram.sum, count, &histogram.buckets, None)?;
         }
         Ok(())
     }

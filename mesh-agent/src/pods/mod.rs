@@ -10,7 +10,9 @@
 
 mod directory;
 mod discover;
+mod gate;
 mod kept;
+mod latency;
 mod listeners;
 mod netns;
 mod pod;
@@ -25,6 +27,8 @@ use crate::kernel::{KernelError, NetnsCookie};
 
 pub use directory::Directory;
 pub use discover::{Discovery, PodUid, Sandbox, Sandboxes};
+pub use gate::GateConfig;
+pub use latency::CaptureTimes;
 pub use netns::Netns;
 pub use pod::Pod;
 pub use reconcile::Pods;
@@ -87,6 +91,8 @@ pub struct PodStatus {
     pub captured: bool,
     /// Why it is enrolled but not captured, or captured with a reservation.
     pub reason: Option<String>,
+    /// Whether there is nothing to capture: its sandbox is still being made, or it has none of its own.
+    pub is_absent: bool,
 }
 
 /// Why an enrolled pod is not captured.
@@ -109,6 +115,15 @@ pub enum PodError {
     /// Another pod has the same network namespace.
     #[error("pod {0} has the same network namespace")]
     SharedNetns(ObjectName),
+    /// The pod has no sandbox on this node: the runtime has not made one, or it has ended.
+    #[error("no sandbox yet")]
+    NoSandbox,
+    /// No process is in the sandbox's network namespace.
+    #[error("a sandbox without a process in a network namespace")]
+    NoProcess,
+    /// The network plugin has not given the sandbox an address.
+    #[error("a sandbox without an address")]
+    BareSandbox,
     /// The workload has no address.
     #[error("the pod has no address")]
     NoAddress,
@@ -121,6 +136,23 @@ pub enum PodError {
     /// A worker does not take commands, or did not confirm in time.
     #[error("worker {0} does not serve the pod")]
     Worker(usize),
+}
+
+impl PodStatus {
+    /// Whether it is as it should be, as far as there is something to capture.
+    fn is_settled(&self) -> bool {
+        self.captured == self.enrolled || self.is_absent
+    }
+}
+
+impl PodError {
+    /// Whether there is nothing to capture, so that nothing goes unguarded.
+    fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            PodError::NoSandbox | PodError::NoProcess | PodError::BareSandbox | PodError::HostNetwork
+        )
+    }
 }
 
 /// An error and its causes in one line.

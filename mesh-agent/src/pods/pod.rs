@@ -27,13 +27,13 @@ use crate::{
 pub struct Pod {
     name: ObjectName,
     identity: SpiffeId,
-    netns: Netns,
+    netns: Arc<Netns>,
     workload: ArcSwap<Workload>,
 }
 
 impl Pod {
     /// A pod with its network namespace.
-    pub fn new(workload: Arc<Workload>, netns: Netns) -> Pod {
+    pub fn new(workload: Arc<Workload>, netns: Arc<Netns>) -> Pod {
         Pod {
             name: workload.name.clone(),
             identity: workload.identity.clone(),

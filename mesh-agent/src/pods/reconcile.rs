@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
@@ -18,13 +18,15 @@ use tokio::{
 };
 
 use super::{
-    Chain, Directory, Leave, Netns, Pod, PodError, PodListeners, PodStatus, Serving, WorkerCommand,
+    CaptureTimes, Chain, Directory, Leave, Netns, Pod, PodError, PodListeners, PodStatus, Sandboxes, Serving,
+    WorkerCommand,
+    gate::{Gate, GateConfig},
     kept::Kept,
     listeners::{self, Group},
 };
 use crate::{
     keeper::Direction,
-    kernel::{Kernel, NetnsCookie, PodCapture},
+    kernel::{Kernel, KernelError, NetnsCookie, PodCapture},
 };
 
 /// How long workers may take to serve new listeners before their pods are called not captured.
@@ -38,6 +40,9 @@ pub struct Pods {
     held: BTreeMap<ObjectName, Held>,
     statuses: BTreeMap<ObjectName, PodStatus>,
     directory: Directory,
+    /// On Kubernetes: where pods are found, and what becomes of the others.
+    gate: Option<Gate>,
+    times: CaptureTimes,
     kept: Option<Kept>,
     /// Whether pods that an earlier agent captured and nobody wants any more have been retired.
     is_swept: bool,
@@ -54,6 +59,8 @@ struct Held {
     seats: Vec<Seat>,
     /// Whether the kernel knows the pod's present workload.
     is_enrolled: bool,
+    /// Whether the time of its capture has been noted.
+    is_timed: bool,
     /// For a keeper that comes back, and for a worker that lost its own; empty without a keeper.
     copies: Vec<Group>,
     /// What the pod's capture leaves out.
@@ -90,9 +97,42 @@ impl Pods {
             held: BTreeMap::new(),
             statuses: BTreeMap::new(),
             directory: Directory::default(),
+            gate: None,
+            times: CaptureTimes::default(),
             kept: None,
             is_swept: false,
         })
+    }
+
+    /// Finds pods by their UIDs among the sandboxes, and classifies every sandbox.
+    pub fn with_gate(mut self, config: GateConfig) -> Result<Pods, KernelError> {
+        self.gate = Some(Gate::new(config, self.kernel.clone(), self.home)?);
+        Ok(self)
+    }
+
+    /// Takes in which sandboxes there are; the next reconciliation acts on it.
+    pub fn set_sandboxes(&mut self, sandboxes: Arc<Sandboxes>) {
+        if let Some(gate) = &mut self.gate {
+            gate.set_sandboxes(sandboxes);
+        }
+    }
+
+    /// Whether the kernel refused pods that can be classified by now: reconcile.
+    pub fn meet_strangers(&mut self) -> bool {
+        self.gate.as_mut().is_some_and(Gate::meet_strangers)
+    }
+
+    /// What can be done before there is a view: pods that are trusted may connect.
+    pub fn await_view(&mut self) {
+        if let Some(gate) = &mut self.gate {
+            let captured = self.kernel.enrolled().unwrap_or_default();
+            gate.classify(None, &captured);
+        }
+    }
+
+    /// How long captures took, from the sandbox's birth.
+    pub fn times(&self) -> CaptureTimes {
+        self.times.clone()
     }
 
     /// Takes listeners from the keeper at that path, and has it hold every listener that is made.
@@ -114,7 +154,11 @@ impl Pods {
         let Some(kept) = self.kept.as_mut().filter(|kept| kept.is_well()) else {
             return Leave::Closing;
         };
-        if kept.successor() { Leave::Served } else { Leave::Waiting }
+        if kept.successor() {
+            Leave::Served
+        } else {
+            Leave::Waiting
+        }
     }
 
     /// The pods held, for the workers.
@@ -129,7 +173,7 @@ impl Pods {
 
     /// Whether every enrolled pod is captured; if not, reconcile again soon.
     pub fn is_settled(&self) -> bool {
-        self.is_swept && self.is_kept() && self.statuses.values().all(|status| status.captured == status.enrolled)
+        self.is_swept && self.is_kept() && self.statuses.values().all(PodStatus::is_settled)
     }
 
     /// Brings the pods held to those wanted: every workload of this node in the present view, enrolled or not.
@@ -143,7 +187,7 @@ impl Pods {
             .map(|workload| (&workload.name, workload))
             .collect();
         self.keep_again();
-        self.retire_gone(&enrolled).await;
+        self.retire_gone(&enrolled, wanted).await;
         for workload in enrolled.values() {
             if let Err(error) = self.kernel.add_node_addresses(&workload.node_addresses) {
                 tracing::error!(error = %Chain(&error), "the node's probes will be judged like any other connection");
@@ -166,15 +210,23 @@ impl Pods {
             }
         }
         self.settle(waits, &mut problems).await;
+        self.note_times(&problems);
+        if let Some(gate) = &mut self.gate {
+            let captured = self.held.values().filter(|held| held.is_enrolled);
+            let captured = captured.map(|held| held.pod.cookie()).collect();
+            gate.classify(Some(wanted), &captured);
+        }
 
         self.statuses = wanted
             .iter()
             .map(|workload| (workload.name.clone(), self.status(workload, &problems)))
             .collect();
-        if !self.is_swept && enrolled.keys().all(|name| self.held.contains_key(*name)) {
+        let is_here_or_absent =
+            |name: &ObjectName| self.held.contains_key(name) || problems.get(name).is_some_and(PodError::is_absence);
+        if !self.is_swept && enrolled.keys().all(|name| is_here_or_absent(name)) {
             self.is_swept = self.retire_strangers();
         }
-        if self.statuses.values().all(|status| status.captured == status.enrolled)
+        if self.statuses.values().all(PodStatus::is_settled)
             && let Some(kept) = &mut self.kept
         {
             kept.serving();
@@ -187,15 +239,17 @@ impl Pods {
     }
 
     fn status(&self, workload: &Workload, problems: &BTreeMap<ObjectName, PodError>) -> PodStatus {
+        let is_absent = problems.get(&workload.name).is_some_and(PodError::is_absence);
         let problem = problems.get(&workload.name).map(|problem| Chain(problem).to_string());
         let held = self.held.get(&workload.name);
-        if let Some(reason) = &problem {
+        if let Some(reason) = problem.as_ref().filter(|_| !is_absent) {
             tracing::warn!(pod = %workload.name, reason, "an enrolled pod is not captured");
         }
         PodStatus {
             name: workload.name.clone(),
             enrolled: workload.enrolled,
             captured: workload.enrolled && problem.is_none() && held.is_some(),
+            is_absent,
             reason: problem.or_else(|| held.and_then(|held| self.reservation(held))),
         }
     }
@@ -222,17 +276,25 @@ impl Pods {
         }
     }
 
-    async fn retire_gone(&mut self, wanted: &BTreeMap<&ObjectName, &Arc<Workload>>) {
+    async fn retire_gone(&mut self, enrolled: &BTreeMap<&ObjectName, &Arc<Workload>>, all: &[Arc<Workload>]) {
+        let gate = self.gate.as_ref();
         let gone: Vec<ObjectName> = self
             .held
             .iter()
-            .filter(|(name, held)| wanted.get(name).is_none_or(|workload| held.is_replaced_by(workload)))
+            .filter(|(name, held)| {
+                enrolled
+                    .get(name)
+                    .is_none_or(|workload| held.is_replaced_by(workload, gate))
+            })
             .map(|(name, _)| name.clone())
             .collect();
         for name in gone {
             let Some(cookie) = self.held.get(&name).map(|held| held.pod.cookie()) else {
                 continue;
             };
+            if let Some(gate) = &mut self.gate {
+                gate.release(cookie, all.iter().find(|workload| workload.name == name).map(|w| &**w));
+            }
             if let Err(error) = self.kernel.retire(cookie) {
                 // It stays held, so that the next reconciliation tries again.
                 tracing::error!(pod = %name, error = %Chain(&error), "a pod could not be retired");
@@ -252,6 +314,14 @@ impl Pods {
 
     /// Opens a pod's network namespace and makes its listeners, unless that is done.
     fn hold(&mut self, workload: &Arc<Workload>) -> Result<(), PodError> {
+        let sandbox = match &self.gate {
+            Some(gate) if workload.netns.is_none() => Some(gate.place(workload)?),
+            _ => None,
+        };
+        let workload = &match sandbox {
+            Some(sandbox) => sandbox.complete(workload),
+            None => workload.clone(),
+        };
         if let Some(held) = self.held.get_mut(&workload.name) {
             if *held.pod.workload() != **workload {
                 held.pod.update((*workload).clone());
@@ -259,14 +329,16 @@ impl Pods {
             }
             return Ok(());
         }
+        let netns = match sandbox {
+            Some(sandbox) => sandbox.netns.clone().ok_or(PodError::NoProcess)?,
+            None => Arc::new(open(workload)?),
+        };
         if workload.addresses.is_empty() {
-            return Err(PodError::NoAddress);
+            return Err(match sandbox {
+                Some(_) => PodError::BareSandbox,
+                None => PodError::NoAddress,
+            });
         }
-        let path = Path::new(workload.netns.as_deref().ok_or(PodError::NoNetns)?);
-        let netns = Netns::open(path).map_err(|source| PodError::Netns {
-            path: path.to_owned(),
-            source,
-        })?;
         if netns.cookie() == self.home {
             return Err(PodError::HostNetwork);
         }
@@ -283,12 +355,30 @@ impl Pods {
         Ok(())
     }
 
+    /// Notes how long it took to capture pods that are new, and learns from where the node calls them.
+    fn note_times(&mut self, problems: &BTreeMap<ObjectName, PodError>) {
+        let Some(gate) = &self.gate else { return };
+        for (name, held) in &mut self.held {
+            if held.is_timed || problems.contains_key(name) {
+                continue;
+            }
+            held.is_timed = true;
+            let workload = held.pod.workload();
+            if let Some(sandbox) = gate.sandbox(&workload).filter(|sandbox| sandbox.is_new) {
+                self.times.note(Instant::now().duration_since(sandbox.seen));
+            }
+        }
+    }
+
     /// Has the kernel capture a held pod and the workers serve it, as far as that is not done.
     async fn guard(&mut self, name: &ObjectName, waits: &mut Vec<Wait>) -> Result<(), PodError> {
         let Some(held) = self.held.get_mut(name) else {
             return Ok(());
         };
         if !held.is_enrolled {
+            if self.gate.is_some() {
+                learn_callers(&self.kernel, &held.pod.workload().addresses);
+            }
             held.enrol(&self.kernel)?;
         }
         for (index, worker) in self.workers.iter().enumerate() {
@@ -386,6 +476,35 @@ impl Pods {
     }
 }
 
+/// The network namespace that a workload names.
+fn open(workload: &Workload) -> Result<Netns, PodError> {
+    let path = Path::new(workload.netns.as_deref().ok_or(PodError::NoNetns)?);
+    Netns::open(path).map_err(|source| PodError::Netns {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// The kubelet's probes of a pod come from the address that the node itself would call it from: the node's, or the
+/// node's end of the pod's link, as the network plugin has it.
+fn learn_callers(kernel: &Kernel, addresses: &[IpAddr]) {
+    let callers: Vec<IpAddr> = addresses.iter().filter_map(|ip| source_towards(*ip).ok()).collect();
+    if let Err(error) = kernel.add_node_addresses(&callers) {
+        tracing::error!(error = %Chain(&error), "the node's probes will be judged like any other connection");
+    }
+}
+
+/// The address from which this thread's network namespace calls another; nothing is sent.
+fn source_towards(ip: IpAddr) -> io::Result<IpAddr> {
+    let any: IpAddr = match ip {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect((ip, 9))?;
+    socket.local_addr().map(|address| address.ip())
+}
+
 /// Copies of the listeners that a worker has of each group in one direction.
 fn copies(groups: &[Group], direction: Direction, worker: usize, workers: usize) -> io::Result<Vec<TcpListener>> {
     let groups = groups.iter().filter(|group| group.slot.direction == direction);
@@ -410,6 +529,7 @@ impl Held {
             steered: Vec::new(),
             seats: Vec::with_capacity(workers),
             is_enrolled: false,
+            is_timed: false,
             copies: Vec::new(),
             reservation: None,
         };
@@ -431,7 +551,13 @@ impl Held {
 
     /// Whether the workload of the same name is another pod: another identity or network namespace. A namespace's
     /// file that is merely gone says nothing yet.
-    fn is_replaced_by(&self, workload: &Workload) -> bool {
+    fn is_replaced_by(&self, workload: &Workload, gate: Option<&Gate>) -> bool {
+        if let Some(gate) = gate
+            && workload.netns.is_none()
+            && gate.sandbox(workload).and_then(|sandbox| sandbox.cookie()) != Some(self.pod.cookie())
+        {
+            return true;
+        }
         let moved = workload
             .netns
             .as_deref()

@@ -24,6 +24,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
+use mesh_api::workload::{ObjectName, Workload};
+
 use super::Netns;
 use crate::kernel::NetnsCookie;
 
@@ -41,8 +43,14 @@ pub type Sandboxes = BTreeMap<PodUid, Sandbox>;
 /// A pod's sandbox: there is at least one container's cgroup.
 #[derive(Clone, Debug)]
 pub struct Sandbox {
+    /// The pod's cgroup.
+    pub cgroup: PathBuf,
+    /// The pod's name, as the kubelet's directory of its logs has it.
+    pub pod: Option<ObjectName>,
     /// When its cgroup was first seen.
     pub seen: Instant,
+    /// Whether it was made under our eyes.
+    pub is_new: bool,
     /// Whether its processes are in the node's own network namespace.
     pub host_network: bool,
     /// Its network namespace, as soon as a process is in it.
@@ -57,8 +65,21 @@ impl Sandbox {
         self.netns.as_ref().map(|netns| netns.cookie())
     }
 
+    /// The workload with the addresses that the sandbox has, where the API does not know them or those of an earlier
+    /// sandbox.
+    pub fn complete(&self, workload: &Arc<Workload>) -> Arc<Workload> {
+        let is_right = |ip: &IpAddr| self.addresses.contains(ip);
+        if self.addresses.is_empty() || !workload.addresses.is_empty() && workload.addresses.iter().all(is_right) {
+            return workload.clone();
+        }
+        Arc::new(Workload {
+            addresses: self.addresses.clone(),
+            ..(**workload).clone()
+        })
+    }
+
     fn same(&self, other: &Sandbox) -> bool {
-        let key = |sandbox: &Sandbox| (sandbox.cookie(), sandbox.host_network);
+        let key = |sandbox: &Sandbox| (sandbox.cookie(), sandbox.host_network, sandbox.pod.is_some());
         key(self) == key(other) && self.addresses == other.addresses
     }
 }
@@ -73,17 +94,19 @@ pub struct Discovery {
 
 impl Discovery {
     /// Looks in the cgroup2 hierarchy mounted at `cgroup2`; where the kubelet has no tree there, in a version 1
-    /// hierarchy. What is there already is found before this returns. Needs a runtime.
-    pub fn open(cgroup2: &Path) -> io::Result<Discovery> {
+    /// hierarchy. `pod_logs` is the kubelet's directory of logs, which tells pods' names; it may be missing. What is
+    /// there already is found before this returns. Needs a runtime.
+    pub fn open(cgroup2: &Path, pod_logs: &Path) -> io::Result<Discovery> {
         let inotify = inotify::Inotify::new()?;
         let mounts = mounts_v1(&fs::read_to_string("/proc/self/mountinfo")?);
         let hierarchies = std::iter::once(cgroup2.to_owned()).chain(mounts).collect();
         let mut discovery = Discovery {
             inotify,
-            tracker: Tracker::new(hierarchies, Path::new("/proc"))?,
+            tracker: Tracker::new(hierarchies, Path::new("/proc"), pod_logs)?,
             found: watch::Sender::default(),
         };
         discovery.turn(Vec::new(), true);
+        discovery.tracker.is_started = true;
         Ok(discovery)
     }
 

@@ -73,6 +73,10 @@ impl Tree {
         tree
     }
 
+    fn discovery(&self) -> io::Result<Discovery> {
+        Discovery::open(self.0.path(), &self.0.path().join("logs"))
+    }
+
     fn pod(&self) -> PathBuf {
         self.0.path().join(format!("kubepods/burstable/pod{UID}"))
     }
@@ -116,7 +120,7 @@ async fn until(discovery: &mut Discovery, what: &str, wanted: impl Fn(Option<&Sa
 #[tokio::test]
 async fn a_sandbox_is_found_when_it_comes_and_let_go_when_it_ends() {
     let tree = Tree::new();
-    let mut discovery = Discovery::open(tree.0.path()).unwrap();
+    let mut discovery = tree.discovery().unwrap();
     assert_eq!(discovery.pod_roots(), [tree.0.path().join("kubepods")]);
 
     fs::create_dir(tree.pod()).unwrap();
@@ -125,7 +129,7 @@ async fn a_sandbox_is_found_when_it_comes_and_let_go_when_it_ends() {
     let born = until(&mut discovery, "the cgroup alone", |sandbox| sandbox.is_some())
         .await
         .unwrap();
-    assert!(born.netns.is_none() && !born.host_network);
+    assert!(born.netns.is_none() && !born.host_network && born.is_new && born.pod.is_none());
 
     let process = Process::isolated();
     tree.container("sandbox", &[&process]);
@@ -160,17 +164,22 @@ async fn what_was_there_before_is_found_at_once() {
     process.ip("link add eth0 type veth peer name eth1");
     process.ip("addr add 192.0.2.7/32 dev eth0");
     tree.container("sandbox", &[&process]);
-    let discovery = Discovery::open(tree.0.path()).unwrap();
+    for name in [format!("shop_cart-1_{UID}"), "shop_other_uid".into(), "odd".into()] {
+        fs::create_dir_all(tree.0.path().join("logs").join(name)).unwrap();
+    }
+    let discovery = tree.discovery().unwrap();
     let found = discovery.sandboxes().borrow().clone();
     let sandbox = &found[&PodUid::new(UID).unwrap()];
     assert_eq!(sandbox.netns.as_ref().unwrap().inode(), process.inode());
     assert_eq!(sandbox.addresses.len(), 1);
+    assert_eq!(sandbox.pod, Some(ObjectName::new("shop", "cart-1")));
+    assert!(!sandbox.is_new, "it was there before");
 }
 
 #[tokio::test]
 async fn a_sandbox_made_anew_is_another_one() {
     let tree = Tree::new();
-    let mut discovery = Discovery::open(tree.0.path()).unwrap();
+    let mut discovery = tree.discovery().unwrap();
     let (first, second) = (Process::isolated(), Process::isolated());
     let is_in = |inode: (u64, u64)| {
         move |sandbox: Option<&Sandbox>| {
@@ -192,7 +201,7 @@ async fn a_sandbox_made_anew_is_another_one() {
 #[tokio::test]
 async fn the_namespace_of_most_containers_is_the_pods_and_the_monitors_is_nobodys() {
     let tree = Tree::new();
-    let mut discovery = Discovery::open(tree.0.path()).unwrap();
+    let mut discovery = tree.discovery().unwrap();
     let (pod, nested, monitor) = (Process::isolated(), Process::isolated(), Process::home());
     tree.container("crio-conmon-1.scope", &[&monitor]);
     tree.container("a", &[&nested]);
@@ -213,7 +222,7 @@ async fn the_namespace_of_most_containers_is_the_pods_and_the_monitors_is_nobody
 #[tokio::test]
 async fn a_pod_of_the_nodes_network_is_told_as_such() {
     let tree = Tree::new();
-    let mut discovery = Discovery::open(tree.0.path()).unwrap();
+    let mut discovery = tree.discovery().unwrap();
     let process = Process::home();
     tree.container("sandbox", &[&process]);
     let wanted = |sandbox: Option<&Sandbox>| sandbox.is_some_and(|sandbox| sandbox.host_network);

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use mesh_api::workload::ObjectName;
 use tokio::time::Instant;
 
 use super::{
@@ -45,7 +46,10 @@ pub struct Tracker {
     /// Roots of hierarchies, the preferred one first.
     hierarchies: Vec<PathBuf>,
     proc: PathBuf,
+    pod_logs: PathBuf,
     home: Inode,
+    /// Whether what was there at the start has been found.
+    pub is_started: bool,
     /// The directories that hold pods, of the first hierarchy that has any.
     roots: BTreeSet<PathBuf>,
     watches: BTreeMap<Watch, PathBuf>,
@@ -74,10 +78,12 @@ enum Sight {
 
 impl Tracker {
     /// Nothing known yet.
-    pub fn new(hierarchies: Vec<PathBuf>, proc: &Path) -> io::Result<Tracker> {
+    pub fn new(hierarchies: Vec<PathBuf>, proc: &Path, pod_logs: &Path) -> io::Result<Tracker> {
         Ok(Tracker {
             hierarchies,
             proc: proc.to_owned(),
+            pod_logs: pod_logs.to_owned(),
+            is_started: false,
             home: Netns::current()?.inode(),
             roots: BTreeSet::new(),
             watches: BTreeMap::new(),
@@ -238,7 +244,14 @@ impl Tracker {
     pub fn look(&mut self, now: Instant) {
         for (uid, track) in &mut self.pods {
             if track.next_look.is_some_and(|time| time <= now) {
+                let was_there = track.sandbox.is_some();
                 track.look(uid, &self.proc, self.home, now);
+                if let Some(sandbox) = &mut track.sandbox {
+                    sandbox.is_new |= !was_there && self.is_started;
+                    if sandbox.pod.is_none() {
+                        sandbox.pod = pod_of_logs(&self.pod_logs, uid);
+                    }
+                }
             }
         }
     }
@@ -267,7 +280,10 @@ impl Track {
             return;
         }
         let sandbox = self.sandbox.get_or_insert_with(|| Sandbox {
+            cgroup: self.dir.clone(),
+            pod: None,
             seen: now,
+            is_new: false,
             host_network: false,
             netns: None,
             addresses: Vec::new(),
@@ -304,7 +320,7 @@ impl Track {
 impl Sandbox {
     fn move_to(&mut self, uid: &PodUid, path: &Path, inode: Inode, now: Instant) {
         if self.netns.take().is_some() {
-            self.seen = now;
+            (self.seen, self.is_new) = (now, true);
         }
         self.addresses.clear();
         match Netns::open(path) {
@@ -328,6 +344,16 @@ impl Sandbox {
             }
         }
     }
+}
+
+/// The pod of that UID, by the name of its directory of logs: `<namespace>_<name>_<uid>`, which the kubelet makes
+/// before the sandbox.
+fn pod_of_logs(pod_logs: &Path, uid: &PodUid) -> Option<ObjectName> {
+    subdirectories(pod_logs).iter().find_map(|entry| {
+        let mut parts = entry.to_str()?.split('_');
+        let (namespace, name, other) = (parts.next()?, parts.next()?, parts.next()?);
+        (other == uid.as_str()).then(|| ObjectName::new(namespace, name))
+    })
 }
 
 /// The processes directly in a container's cgroup, else those in the ones below.
