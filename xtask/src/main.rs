@@ -18,6 +18,7 @@ mod shell;
 mod supply;
 mod test;
 mod test_image;
+mod test_kube;
 mod tidy;
 
 use std::process::ExitCode;

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::Value;
 
-use crate::{build, setup, shell};
+use crate::{build, setup, shell, test_kube::Run};
 
 /// Which tests.
 #[derive(Debug, Args)]
@@ -24,6 +24,15 @@ pub struct Options {
     /// Builds the mesh's own programs with optimizations.
     #[arg(long)]
     release: bool,
+    /// Only the tests on a Kubernetes cluster.
+    #[arg(long, conflicts_with = "no_kube")]
+    kube: bool,
+    /// Without the tests on a Kubernetes cluster.
+    #[arg(long)]
+    no_kube: bool,
+    /// Leaves the Kubernetes cluster running.
+    #[arg(long)]
+    keep: bool,
 }
 
 /// The sums over test programs.
@@ -54,19 +63,43 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     })?;
     let tests = build_tests()?;
     ensure!(!tests.is_empty(), "cargo built no test program");
+    let filter = options.filter.as_deref();
+    let (on_cluster, local): (Vec<_>, Vec<_>) = tests.into_iter().partition(|test| Run::needed_by(&test.name));
+    let local = if options.kube { Vec::new() } else { local };
+    // A cluster takes a minute: none is started for a filter that picks no test on it.
+    let mut wanted = Vec::new();
+    for test in on_cluster {
+        if !options.no_kube && picks_any(&test, filter)? {
+            wanted.push(test);
+        }
+    }
     let built = Instant::now();
 
     let mut total = Counts::default();
     let mut broken = Vec::new();
-    for test in &tests {
+    for test in &local {
         println!("\n=== {} ({})", test.name, test.kind);
-        let (counts, good) = run_test(test, &programs, options.filter.as_deref())?;
+        let (counts, good) = run_test(test, &programs, filter, None)?;
         total.add(counts);
         if !good {
             broken.push(test.name.clone());
         }
     }
-    if options.filter.is_none() {
+    if !wanted.is_empty() {
+        println!("\n=== a Kubernetes cluster for {} test programs", wanted.len());
+        let run = Run::start(options.release, options.keep)?;
+        for test in &wanted {
+            println!("\n=== {} ({}, cluster {})", test.name, test.kind, run.name());
+            let (counts, good) = run_test(test, &programs, filter, Some(run.name()))?;
+            total.add(counts);
+            if !good {
+                broken.push(test.name.clone());
+                // At once: the next test changes the cluster.
+                run.collect_logs(&test.name);
+            }
+        }
+    }
+    if filter.is_none() && !options.kube {
         println!("\n=== documentation");
         let mut command = shell::cargo();
         command
@@ -143,7 +176,22 @@ pub fn build_tests() -> Result<Vec<TestProgram>> {
     Ok(tests)
 }
 
-fn run_test(test: &TestProgram, programs: &Path, filter: Option<&str>) -> Result<(Counts, bool)> {
+/// Whether a filter picks a test of the program.
+fn picks_any(test: &TestProgram, filter: Option<&str>) -> Result<bool> {
+    let Some(filter) = filter else {
+        return Ok(true);
+    };
+    let listing = shell::read(Command::new(&test.program).args(["--list", filter]))?;
+    Ok(listing.lines().any(|line| line.ends_with(": test")))
+}
+
+/// Runs a test program; tests on a cluster one at a time, because they share it.
+fn run_test(
+    test: &TestProgram,
+    programs: &Path,
+    filter: Option<&str>,
+    cluster: Option<&str>,
+) -> Result<(Counts, bool)> {
     let mut command = shell::root_command("env")?;
     let assign = |name: &str, value: &Path| {
         let mut pair = std::ffi::OsString::from(format!("{name}="));
@@ -154,7 +202,13 @@ fn run_test(test: &TestProgram, programs: &Path, filter: Option<&str>) -> Result
     command.arg(assign("CARGO_MANIFEST_DIR", &test.package));
     command.arg(assign("PATH", Path::new(&shell::root_path())));
     command.arg("RUST_BACKTRACE=0");
+    if let Some(name) = cluster {
+        command.arg(format!("{}={name}", mesh_tests::cluster::NAME_VARIABLE));
+    }
     command.arg(&test.program).args(filter).current_dir(&test.package);
+    if cluster.is_some() {
+        command.arg("--test-threads=1");
+    }
     count(command)
 }
 
