@@ -6,7 +6,7 @@
 
 use std::{
     cell::RefCell,
-    fmt::{self, Write as _},
+    fmt,
     fs::{File, OpenOptions},
     io::{self, Write},
     path::Path,
@@ -15,15 +15,12 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread::JoinHandle,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{
-    labels::Reporter,
-    record::{Closed, Details},
-};
+use super::{line, record::Closed};
 
 /// The bytes of lines that may wait for the writer.
 pub const BUFFER_BYTES_MAX: usize = 4 << 20;
@@ -145,19 +142,13 @@ impl AccessLog {
 
     pub(super) fn write(&self, closed: &Closed) {
         thread_local! {
-            static LINE: RefCell<String> = const { RefCell::new(String::new()) };
+            static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
         }
-        LINE.with_borrow_mut(|line| {
-            line.clear();
-            let mut fields = Fields {
-                line,
-                format: self.format,
-                first: true,
-            };
-            // Writing to a String does not fail.
-            let _ = fields.record(closed, &self.node);
-            line.push('\n');
-            self.shared.push(line.as_bytes());
+        LINE.with_borrow_mut(|text| {
+            text.clear();
+            line::write(text, self.format, closed, &self.node);
+            text.push(b'\n');
+            self.shared.push(text);
         });
     }
 }
@@ -230,228 +221,4 @@ impl fmt::Debug for AccessLog {
             .field("format", &self.format)
             .finish_non_exhaustive()
     }
-}
-
-/// Writes the fields of one line.
-struct Fields<'a> {
-    line: &'a mut String,
-    format: LogFormat,
-    first: bool,
-}
-
-impl Fields<'_> {
-    fn key(&mut self, key: &str) {
-        match (self.format, std::mem::replace(&mut self.first, false)) {
-            (LogFormat::Json, true) => self.line.push('{'),
-            (LogFormat::Json, false) => self.line.push(','),
-            (LogFormat::Text, true) => {}
-            (LogFormat::Text, false) => self.line.push(' '),
-        }
-        match self.format {
-            LogFormat::Json => {
-                self.line.push('"');
-                self.line.push_str(key);
-                self.line.push_str("\":");
-            }
-            LogFormat::Text => {
-                self.line.push_str(key);
-                self.line.push('=');
-            }
-        }
-    }
-
-    /// A text; an empty one is left out.
-    fn text(&mut self, key: &str, value: &str) {
-        if value.is_empty() {
-            return;
-        }
-        self.key(key);
-        let bare = self.format == LogFormat::Text && value.bytes().all(|b| b.is_ascii_graphic() && b != b'"');
-        if bare {
-            self.line.push_str(value);
-        } else {
-            quote(self.line, value);
-        }
-    }
-
-    fn number(&mut self, key: &str, value: impl fmt::Display) -> fmt::Result {
-        self.key(key);
-        write!(self.line, "{value}")
-    }
-
-    fn record(&mut self, closed: &Closed, node: &str) -> fmt::Result {
-        let common = closed.common;
-        let parties = common.parties.parties();
-        let default = Details::default();
-        let details = common.details.as_deref().unwrap_or(&default);
-
-        let mut time = String::with_capacity(24);
-        write_time(&mut time, closed.at)?;
-        self.text("timestamp", &time);
-        let kind = if closed.request.is_some() {
-            "request"
-        } else {
-            "connection"
-        };
-        self.text("event.name", kind);
-        self.text("nodemesh.outcome", closed.outcome.name());
-        self.text("nodemesh.reporter", parties.reporter.name());
-        self.text("nodemesh.node", node);
-        self.text("nodemesh.connection.security", parties.security.name());
-        self.text("nodemesh.response_flags", closed.outcome.response_flags());
-        if let Some(refusal) = closed.outcome.refusal() {
-            self.text("nodemesh.refusal", refusal.name());
-            self.number("nodemesh.refusal_code", refusal.code())?;
-        }
-        self.text("error.message", &details.error);
-        self.number("nodemesh.duration_ms", closed.duration.as_micros() as f64 / 1000.0)?;
-
-        let (name, version) = common.protocol.network();
-        self.text("network.protocol.name", name);
-        self.text("network.protocol.version", version);
-        if let Some(request) = &closed.request {
-            self.text("http.request.method", &details.method);
-            self.text("url.path", &details.path);
-            self.text("server.address", &details.authority);
-            self.number("http.response.status_code", request.status)?;
-            if let Some(status) = request.grpc_status {
-                self.number("rpc.grpc.status_code", status)?;
-            }
-            self.number("http.request.body.size", closed.received)?;
-            self.number("http.response.body.size", closed.sent)?;
-            self.number("nodemesh.attempts", request.attempts)?;
-            if let Some(after) = details.head_after {
-                self.number("nodemesh.response_head_ms", after.as_micros() as f64 / 1000.0)?;
-            }
-        } else {
-            self.number("nodemesh.bytes_received", closed.received)?;
-            self.number("nodemesh.bytes_sent", closed.sent)?;
-        }
-
-        for (address_key, port_key, address) in [
-            ("source.address", "source.port", details.source),
-            ("destination.address", "destination.port", details.destination),
-            ("nodemesh.endpoint.address", "nodemesh.endpoint.port", details.endpoint),
-        ] {
-            if let Some(address) = address {
-                self.key(address_key);
-                match self.format {
-                    LogFormat::Json => write!(self.line, "\"{}\"", address.ip())?,
-                    LogFormat::Text => write!(self.line, "{}", address.ip())?,
-                }
-                self.number(port_key, address.port())?;
-            }
-        }
-        for (side, labels, pod) in [
-            (Reporter::Source, &parties.source, &details.source_workload),
-            (
-                Reporter::Destination,
-                &parties.destination,
-                &details.destination_workload,
-            ),
-        ] {
-            let keys = match side {
-                Reporter::Source => SOURCE_KEYS,
-                Reporter::Destination => DESTINATION_KEYS,
-            };
-            self.text(keys[0], &labels.workload);
-            self.text(keys[1], &labels.namespace);
-            self.text(keys[2], labels.principal.as_ref().map_or("", |p| p.as_str()));
-            self.text(keys[3], &labels.version);
-            if let Some(pod) = pod {
-                self.text(keys[4], &pod.name.name);
-            }
-        }
-        if let Some(service) = &parties.service {
-            self.text("nodemesh.destination.service", &service.host);
-        }
-        self.text("nodemesh.rule", common.rule.as_ref().map_or("", |r| r.as_str()));
-        self.text("nodemesh.route", common.route.as_ref().map_or("", |r| r.as_str()));
-        if let Some(revision) = common.revision {
-            self.number("nodemesh.revision", revision.0)?;
-        }
-        self.text("trace_id", &details.trace_id);
-        self.text("http.request.header.x-request-id", &details.request_id);
-        if details.connection != 0 {
-            self.number("nodemesh.connection_id", details.connection)?;
-        }
-        if self.format == LogFormat::Json {
-            self.line.push('}');
-        }
-        Ok(())
-    }
-}
-
-const SOURCE_KEYS: [&str; 5] = [
-    "nodemesh.source.workload",
-    "nodemesh.source.namespace",
-    "nodemesh.source.identity",
-    "nodemesh.source.version",
-    "nodemesh.source.pod",
-];
-const DESTINATION_KEYS: [&str; 5] = [
-    "nodemesh.destination.workload",
-    "nodemesh.destination.namespace",
-    "nodemesh.destination.identity",
-    "nodemesh.destination.version",
-    "nodemesh.destination.pod",
-];
-
-/// A JSON string. Text from peers comes through here: no control byte may reach the line as it is.
-fn quote(line: &mut String, text: &str) {
-    line.push('"');
-    // Nearly every text is plain ASCII and goes in one piece.
-    if text
-        .bytes()
-        .all(|b| (b' '..=b'~').contains(&b) && b != b'"' && b != b'\\')
-    {
-        line.push_str(text);
-        line.push('"');
-        return;
-    }
-    for c in text.chars() {
-        match c {
-            '"' => line.push_str("\\\""),
-            '\\' => line.push_str("\\\\"),
-            '\n' => line.push_str("\\n"),
-            '\r' => line.push_str("\\r"),
-            '\t' => line.push_str("\\t"),
-            c if c.is_control() || c == '\u{2028}' || c == '\u{2029}' => {
-                let mut units = [0u16; 2];
-                for unit in c.encode_utf16(&mut units) {
-                    // Writing to a String does not fail.
-                    let _ = write!(line, "\\u{unit:04x}");
-                }
-            }
-            c => line.push(c),
-        }
-    }
-    line.push('"');
-}
-
-/// RFC 3339 in UTC with milliseconds.
-pub(super) fn write_time(out: &mut impl fmt::Write, time: SystemTime) -> fmt::Result {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let (seconds, millis) = (since.as_secs(), since.subsec_millis());
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Days to a civil date, counted from 1 March of year 0 in eras of 400 years.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 {
-        shifted_month + 3
-    } else {
-        shifted_month - 9
-    };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    write!(
-        out,
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{millis:03}Z",
-        second / 3600,
-        second / 60 % 60,
-        second % 60
-    )
 }

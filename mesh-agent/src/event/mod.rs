@@ -7,6 +7,7 @@
 
 pub mod access_log;
 pub mod labels;
+mod line;
 pub mod metrics;
 pub mod notice;
 pub mod record;
