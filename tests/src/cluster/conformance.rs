@@ -87,6 +87,11 @@ impl Findings {
 /// Runs the suite to its end; its output passes to ours.
 pub fn run(cluster: &Cluster, suite: &Suite) -> Result<Findings> {
     let report: PathBuf = cluster.kubeconfig().with_file_name("conformance-report.yaml");
+    // The suite's namespaces of an earlier run may be on their way out, and pods cannot be made in them then.
+    cluster.until("the end of the suite's namespaces", || {
+        let list = cluster.kubectl(&["get", "namespaces", "-o", "name"])?;
+        Ok((!list.contains("namespace/gateway-conformance")).then_some(()))
+    })?;
     // A report of an earlier run must not be taken for this one's.
     let _ = fs::remove_file(&report);
     let mut command = cluster.command(cluster.kubeconfig().with_file_name("bin").join("conformance.test"));
