@@ -9,6 +9,7 @@
 mod check;
 mod connect;
 mod controller;
+mod doctor;
 mod explain;
 mod get;
 mod install;
@@ -71,6 +72,8 @@ enum Command {
     Upgrade(install::UpgradeArgs),
     /// Take the mesh out of a cluster, and every trace of it from the nodes.
     Uninstall(uninstall::UninstallArgs),
+    /// Whether the mesh in a cluster is well, and what would be right where it is not.
+    Doctor(doctor::DoctorArgs),
     /// Run the controller.
     Controller(Box<controller::ControllerConfig>),
     /// A completion script for a shell.
@@ -100,6 +103,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Install(args) => install::install(args, world).await,
         Command::Upgrade(args) => install::upgrade(args, world).await,
         Command::Uninstall(args) => uninstall::run(args, world).await,
+        Command::Doctor(args) => doctor::run(args, world).await,
         Command::Controller(config) => controller::run(*config)
             .await
             .map_err(|error| Failure::refused(format!("{error:#}"))),
