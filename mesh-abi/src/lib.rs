@@ -86,7 +86,7 @@ pub mod maps {
     ];
 
     /// Agent generations that may run side by side during an upgrade.
-    pub const AGENTS_MAX: u32 = 8;
+    pub const AGENTS_MAX: u32 = 64;
     /// Cgroups that hold all pods' processes: a kubelet has one.
     pub const GUARDED_MAX: u32 = 8;
     /// Network namespaces that are known and not enrolled.

@@ -122,6 +122,12 @@ async fn serve(config: AgentConfig) -> Result<()> {
     add_sources(&events, &kernel, &credentials, &traffic, pods.times());
     events.add_source(Box::new(health.clone()));
 
+    let (stand_back, stands_back) = oneshot::channel::<()>();
+    let sync = sync.stand_back_when(async move {
+        if stands_back.await.is_err() {
+            std::future::pending().await
+        }
+    });
     let control = tokio::task::spawn_local(sync.run(report_in));
     let issuing = tokio::task::spawn_local(issuer.run(wanted_in));
     let kept = Arc::new(AtomicBool::new(pods.is_kept()));
@@ -175,6 +181,11 @@ async fn serve(config: AgentConfig) -> Result<()> {
         Leave::Waiting => config.drain.patience.min(config.drain.alone),
         Leave::Closing | Leave::Served => config.drain.patience,
     };
+    if leave == Leave::Served {
+        trigger.keep_idle(patience.min(config.drain.idle));
+        // The other agent has the controller's stream; a second one would take it away.
+        let _ = stand_back.send(());
+    }
     let drained = trigger.finish(patience, config.drain.grace).await;
     trigger.end();
     events.emit(Event::DrainEnded { left: drained.left });

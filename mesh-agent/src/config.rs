@@ -138,6 +138,9 @@ pub struct DrainConfig {
     /// The same when a keeper holds new connections back and no other agent has taken over: the sooner this one ends,
     /// the sooner the next one serves them.
     pub alone: Duration,
+    /// How long a connection between two requests is kept for a last one when another agent has taken over; more than
+    /// the time after which sources close idle connections by themselves.
+    pub idle: Duration,
     /// How long those that are told to end may take.
     pub grace: Duration,
 }
@@ -491,6 +494,7 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
     let drain = DrainConfig {
         patience: section.duration("patience", Duration::from_secs(30)),
         alone: section.duration("alone", Duration::from_secs(5)),
+        idle: section.duration("idle", Duration::from_secs(90)),
         grace: section.duration("grace", Duration::from_secs(5)),
     };
     section.end();

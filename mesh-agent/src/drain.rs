@@ -1,14 +1,16 @@
 //! Drain: an owned handle that every task of the data path holds, and the signal that tells it to end.
 //!
 //! `Serving -> Draining -> Closing -> Over`. While draining, listeners take nothing new and connections end when their
-//! exchange does; when closing, the bound on patience is reached and they end now; when over, nobody waits any more. The drain is over when the last
-//! [`Guard`] drops, so nobody counts by hand and a cancelled task cannot be forgotten. Never wait here without a bound.
+//! exchange does; when closing, the bound on patience is reached and they end now; when over, nobody waits any more. A
+//! connection between two requests may be kept for a last one, if another agent serves already and nothing waits for
+//! this one's end. The drain is over when the last [`Guard`] drops, so nobody counts by hand and a cancelled task cannot
+//! be forgotten. Never wait here without a bound.
 
 use std::{
     future::Future,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -35,6 +37,8 @@ struct Shared {
     /// Open guards; the watch wakes the waiter when it falls to zero.
     open: AtomicUsize,
     empty: tokio::sync::Notify,
+    /// How long a connection without a request is kept once the drain has begun, in milliseconds.
+    idle_millis: AtomicU64,
 }
 
 /// Starts the drain and waits for its end. Held by the composition root alone.
@@ -62,6 +66,7 @@ pub fn channel() -> (Trigger, Drain) {
         phase: watch::Sender::new(Phase::Serving),
         open: AtomicUsize::new(0),
         empty: tokio::sync::Notify::new(),
+        idle_millis: AtomicU64::new(0),
     });
     (Trigger(shared.clone()), Drain(shared))
 }
@@ -95,6 +100,12 @@ impl Shared {
 }
 
 impl Trigger {
+    /// Connections without a request are kept for so long once the drain begins; without this they end at once.
+    pub fn keep_idle(&self, time: Duration) {
+        let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        self.0.idle_millis.store(millis, Ordering::Release);
+    }
+
     /// Stop taking new work.
     pub fn start(&self) {
         self.0.advance(Phase::Draining);
@@ -148,6 +159,15 @@ impl Drain {
     pub fn started(&self) -> impl Future<Output = ()> + Send + 'static {
         let shared = self.0.clone();
         async move { shared.reached(Phase::Draining).await }
+    }
+
+    /// Returns when the drain has begun, with how long a connection without a request may still wait for one.
+    pub fn last_requests(&self) -> impl Future<Output = Duration> + Send + 'static {
+        let shared = self.0.clone();
+        async move {
+            shared.reached(Phase::Draining).await;
+            Duration::from_millis(shared.idle_millis.load(Ordering::Acquire))
+        }
     }
 
     /// Returns when everything must end now.
@@ -221,6 +241,18 @@ mod tests {
         assert_eq!(drained, Drained { left: 1 });
         assert_eq!(drain.phase(), Phase::Closing);
         drop(guard);
+    }
+
+    #[tokio::test]
+    async fn the_time_for_last_requests_is_told_when_the_drain_begins() {
+        for time in [Duration::ZERO, Duration::from_secs(60)] {
+            let (trigger, drain) = channel();
+            let last = tokio::spawn(drain.last_requests());
+            trigger.keep_idle(time);
+            trigger.start();
+            assert_eq!(last.await.unwrap(), time);
+            assert_eq!(drain.last_requests().await, time);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -55,6 +55,19 @@ pub fn populated(path: &Path) -> Result<bool> {
     Ok(events.lines().any(|line| line == "populated 1"))
 }
 
+/// The process ids of the group and of the groups below it.
+pub fn processes(path: &Path) -> Result<Vec<u32>> {
+    let text = fs::read_to_string(path.join("cgroup.procs"))?;
+    let mut found: Vec<u32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.extend(processes(&entry.path())?);
+        }
+    }
+    Ok(found)
+}
+
 /// Removes the group with the groups below it. It must hold no process.
 pub fn remove(path: &Path) -> Result<()> {
     let entries = match fs::read_dir(path) {

@@ -53,6 +53,8 @@ pub struct LabConfig {
     pub agent_args: Vec<String>,
     /// More arguments of the controller.
     pub controller_args: Vec<String>,
+    /// Whether each node has a keeper, and its agents can be replaced while they run.
+    pub keeper: bool,
     /// Whether nodes translate Service addresses for pods outside of the mesh, as kube-proxy does.
     pub service_rules: bool,
     /// Whether the lab lives longer than the value that made it.
@@ -72,6 +74,7 @@ impl LabConfig {
             mesh: true,
             agent_args: Vec::new(),
             controller_args: Vec::new(),
+            keeper: false,
             service_rules: true,
             keep: false,
             progress: |_| {},
@@ -104,6 +107,12 @@ impl LabConfig {
     /// Leaves the mesh out: bare pods, nodes and Services.
     pub fn unmeshed(mut self) -> LabConfig {
         self.mesh = false;
+        self
+    }
+
+    /// Gives each node a keeper.
+    pub fn kept(mut self) -> LabConfig {
+        self.keeper = true;
         self
     }
 
@@ -189,6 +198,7 @@ impl Lab {
             programs: mesh::find_programs()?,
             agent_args: config.agent_args.clone(),
             controller_args: config.controller_args.clone(),
+            keeper: config.keeper,
             service_rules: config.service_rules,
             nodes: numbered.map(|(name, number)| Node { name, number }).collect(),
             pods: Vec::new(),
@@ -220,11 +230,15 @@ impl Lab {
             let documents: Vec<_> = documents.collect::<Result<_>>()?;
             mesh::apply(&state, &kube::to_yaml(&documents)?)?;
             (config.progress)("starting an agent on each node");
+            let mut generations = Vec::new();
             for node in &state.nodes {
-                self.spawn_agent(&node.name)?;
+                if config.keeper {
+                    self.start_keeper(&node.name)?;
+                }
+                generations.push((&node.name, self.spawn_agent(&node.name)?));
             }
-            for node in &state.nodes {
-                mesh::wait_agent_ready(&state, &self.cgroup, &node.name)?;
+            for (node, generation) in generations {
+                mesh::wait_agent_ready(&state, &self.cgroup, node, generation)?;
             }
         }
         (config.progress)("starting the pods");
@@ -588,7 +602,7 @@ impl Lab {
         Metrics::parse(&text)
     }
 
-    /// Kills an agent at once (SIGKILL).
+    /// Kills every agent of a node at once (SIGKILL); its keeper lives on.
     pub fn kill_agent(&self, node: &str) -> Result<()> {
         cgroup::kill(&mesh::agent_cgroup(&self.cgroup, node))?;
         self.reap();
@@ -602,22 +616,69 @@ impl Lab {
         Ok(())
     }
 
-    /// Starts the agent of a node and waits until it is ready.
-    pub fn start_agent(&self, node: &str) -> Result<()> {
-        self.spawn_agent(node)?;
-        mesh::wait_agent_ready(&self.state()?, &self.cgroup, node)
+    /// Starts an agent of a node, beside those that run, and waits until it is ready. Its generation is returned.
+    pub fn start_agent(&self, node: &str) -> Result<u64> {
+        let generation = self.spawn_agent(node)?;
+        mesh::wait_agent_ready(&self.state()?, &self.cgroup, node, generation)?;
+        Ok(generation)
     }
 
-    fn spawn_agent(&self, node: &str) -> Result<()> {
-        let child = mesh::start_agent(&self.state()?, &self.cgroup, node)?;
+    /// Starts an agent of a node, and returns before it is ready.
+    pub fn spawn_agent(&self, node: &str) -> Result<u64> {
+        let generation = state::change(&self.name, |state| {
+            state.counter += 1;
+            Ok(state.counter)
+        })?;
+        let child = mesh::start_agent(&self.state()?, &self.cgroup, node, generation)?;
+        self.children.lock().map_err(|_| anyhow!("poisoned"))?.push(child);
+        Ok(generation)
+    }
+
+    /// Replaces the agent of a node as a rolling update does: a new one starts, and when it is ready the old ones are
+    /// asked to end. Returns without waiting for their end.
+    pub fn upgrade_agent(&self, node: &str) -> Result<u64> {
+        let before = self.agent_pids(node)?;
+        let generation = self.start_agent(node)?;
+        mesh::terminate(&before);
+        self.reap();
+        Ok(generation)
+    }
+
+    /// The process ids of one generation of a node's agents.
+    pub fn generation_pids(&self, node: &str, generation: u64) -> Result<Vec<u32>> {
+        cgroup::processes(&mesh::generation_cgroup(&self.state()?, &self.cgroup, node, generation))
+    }
+
+    /// Kills one generation of a node's agents at once (SIGKILL).
+    pub fn kill_generation(&self, node: &str, generation: u64) -> Result<()> {
+        let group = mesh::generation_cgroup(&self.state()?, &self.cgroup, node, generation);
+        cgroup::kill(&group)?;
+        self.reap();
+        Ok(())
+    }
+
+    /// Starts a keeper on a node; one that runs there is taken over, and ends by itself only when it is asked to.
+    pub fn start_keeper(&self, node: &str) -> Result<()> {
+        let child = mesh::start_keeper(&self.state()?, &self.cgroup, node)?;
         self.children.lock().map_err(|_| anyhow!("poisoned"))?.push(child);
         Ok(())
     }
 
-    /// The process ids of a node's agent.
+    /// The process ids of a node's keepers.
+    pub fn keeper_pids(&self, node: &str) -> Result<Vec<u32>> {
+        cgroup::processes(&mesh::keeper_cgroup(&self.cgroup, node))
+    }
+
+    /// Kills every keeper of a node at once (SIGKILL).
+    pub fn kill_keeper(&self, node: &str) -> Result<()> {
+        cgroup::kill(&mesh::keeper_cgroup(&self.cgroup, node))?;
+        self.reap();
+        Ok(())
+    }
+
+    /// The process ids of a node's agents, of every generation.
     pub fn agent_pids(&self, node: &str) -> Result<Vec<u32>> {
-        let text = fs::read_to_string(mesh::agent_cgroup(&self.cgroup, node).join("cgroup.procs"))?;
-        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+        cgroup::processes(&mesh::agent_cgroup(&self.cgroup, node))
     }
 
     /// Kills the controller at once (SIGKILL).

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    cgroup, plan, probe,
+    cgroup, plan,
     process::{self, Output, Site},
     state::{self, State},
     wait,
@@ -27,8 +27,6 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 const CONTROLLER_PORT: u16 = 15010;
 /// The port of an agent's metrics.
 pub const METRICS_PORT: u16 = 15020;
-/// The port of an agent's health.
-const HEALTH_PORT: u16 = 15021;
 
 /// Where the mesh's programs are: `NODEMESH_PROGRAMS`, else beside this program or one directory above it, as cargo
 /// puts them.
@@ -66,6 +64,16 @@ pub fn admin_socket(lab: &str, node: &str) -> PathBuf {
     agent_directory(lab, node).join("admin.sock")
 }
 
+/// A keeper's socket.
+pub fn keeper_socket(lab: &str, node: &str) -> PathBuf {
+    agent_directory(lab, node).join("keeper.sock")
+}
+
+/// The socket of one generation of a node's agents.
+fn generation_socket(lab: &str, node: &str, generation: u64) -> PathBuf {
+    agent_directory(lab, node).join(format!("admin-{generation}.sock"))
+}
+
 /// The log of an agent.
 pub fn agent_log(lab: &str, node: &str) -> PathBuf {
     state::directory(lab).join("logs").join(format!("agent-{node}.log"))
@@ -89,6 +97,21 @@ fn pin_directory(lab: &str, node: &str) -> PathBuf {
 /// The cgroup of an agent, beside its node's.
 pub fn agent_cgroup(lab_cgroup: &Path, node: &str) -> PathBuf {
     lab_cgroup.join(format!("agent-{node}"))
+}
+
+/// The cgroup of one generation of a node's agents; where there is no keeper, all of them are in the agent's own.
+pub fn generation_cgroup(state: &State, lab_cgroup: &Path, node: &str, generation: u64) -> PathBuf {
+    let agent = agent_cgroup(lab_cgroup, node);
+    if state.keeper {
+        agent.join(format!("g{generation}"))
+    } else {
+        agent
+    }
+}
+
+/// The cgroup of a node's keeper.
+pub fn keeper_cgroup(lab_cgroup: &Path, node: &str) -> PathBuf {
+    lab_cgroup.join(format!("keeper-{node}"))
 }
 
 /// The cgroup of the controller.
@@ -173,8 +196,41 @@ pub fn apply(state: &State, yaml: &str) -> Result<String> {
         .context("mesh-ctl policy apply")
 }
 
-/// Starts the agent of a node.
-pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child> {
+/// Starts a keeper for a node; one that runs there is taken over. Returns when it has its place.
+pub fn start_keeper(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child> {
+    let lab = &state.name;
+    let directory = agent_directory(lab, node);
+    fs::create_dir_all(&directory)?;
+    let site = Site {
+        netns: plan::node_netns(lab, node),
+        cgroup: keeper_cgroup(lab_cgroup, node),
+        own_mounts: false,
+        directory: directory.clone(),
+        env: None,
+    };
+    cgroup::create(&site.cgroup)?;
+    let socket = keeper_socket(lab, node);
+    let inode = |path: &Path| {
+        fs::metadata(path)
+            .map(|meta| std::os::unix::fs::MetadataExt::ino(&meta))
+            .ok()
+    };
+    let before = inode(&socket);
+    let argv = vec![
+        program(state, "mesh-agent")?,
+        "keeper".into(),
+        format!("--socket={}", socket.display()),
+    ];
+    let child = start_in(&site, &argv, &agent_log(lab, node))?;
+    wait::until(&format!("the keeper of {node}"), START_LIMIT, || {
+        Ok(inode(&socket).is_some_and(|now| before != Some(now)).then_some(()))
+    })
+    .with_context(|| format!("its log ends:\n{}", tail(&agent_log(lab, node))))?;
+    Ok(child)
+}
+
+/// Starts an agent of a node.
+pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str, generation: u64) -> Result<Child> {
     let lab = &state.name;
     let directory = agent_directory(lab, node);
     let pins = pin_directory(lab, node);
@@ -191,7 +247,7 @@ pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child
     }
     let site = Site {
         netns: plan::node_netns(lab, node),
-        cgroup: agent_cgroup(lab_cgroup, node),
+        cgroup: generation_cgroup(state, lab_cgroup, node, generation),
         own_mounts: false,
         directory: directory.clone(),
         env: None,
@@ -209,10 +265,13 @@ pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str) -> Result<Child
         format!("--cgroup={}", lab_cgroup.join(node).display()),
         format!("--pin-root={}", pins.display()),
         format!("--instance={node}"),
-        format!("--admin-socket={}", admin_socket(lab, node).display()),
+        format!("--admin-socket={}", generation_socket(lab, node, generation).display()),
         format!("--access-log-path={}", access_log(lab, node).display()),
         "--log-format=text".into(),
     ];
+    if state.keeper {
+        argv.push(format!("--keeper={}", keeper_socket(lab, node).display()));
+    }
     argv.extend(state.agent_args.iter().cloned());
     start_in(&site, &argv, &agent_log(lab, node))
 }
@@ -228,33 +287,47 @@ fn start_in(site: &Site, argv: &[String], log: &Path) -> Result<Child> {
     Ok(child)
 }
 
-/// Waits until an agent says that it is ready.
-pub fn wait_agent_ready(state: &State, lab_cgroup: &Path, node: &str) -> Result<()> {
+/// Waits until an agent says that it is ready, and makes its socket the node's.
+pub fn wait_agent_ready(state: &State, lab_cgroup: &Path, node: &str, generation: u64) -> Result<()> {
     let log = agent_log(&state.name, node);
-    let netns = plan::node_netns(&state.name, node);
-    let cgroup = agent_cgroup(lab_cgroup, node);
+    let cgroup = generation_cgroup(state, lab_cgroup, node, generation);
+    let socket = generation_socket(&state.name, node, generation);
+    let agent = program(state, "mesh-agent")?;
     let ready = wait::until(&format!("readiness of the agent on {node}"), START_LIMIT, || {
         if !cgroup::populated(&cgroup)? {
             return Ok(Some(false));
         }
-        let loopback = std::net::Ipv4Addr::LOCALHOST.into();
-        probe::http(&netns, loopback, HEALTH_PORT, "/readyz", Duration::from_secs(1))?;
+        let probe = Command::new(&agent)
+            .args(["probe", "ready", "--socket"])
+            .arg(&socket)
+            .output()?;
+        ensure!(probe.status.success(), "{}", Output::from(probe));
         Ok(Some(true))
     });
     let ready = ready.with_context(|| format!("the agent's log ends:\n{}", tail(&log)))?;
     ensure!(ready, "the agent on {node} ended:\n{}", tail(&log));
-    Ok(())
+    let stable = admin_socket(&state.name, node);
+    let beside = stable.with_extension("new");
+    // A link of a generation that never got ready.
+    let _not_there_as_a_rule = fs::remove_file(&beside);
+    std::os::unix::fs::symlink(&socket, &beside)?;
+    fs::rename(&beside, &stable).with_context(|| format!("link {}", stable.display()))
 }
 
-/// Asks an agent to end (SIGTERM) and waits until it is gone.
-pub fn stop_agent(lab_cgroup: &Path, node: &str) -> Result<()> {
-    let cgroup = agent_cgroup(lab_cgroup, node);
-    for pid in fs::read_to_string(cgroup.join("cgroup.procs"))?.lines() {
-        if let Some(pid) = pid.parse().ok().and_then(rustix::process::Pid::from_raw) {
+/// Asks processes to end (SIGTERM).
+pub fn terminate(pids: &[u32]) {
+    for pid in pids {
+        if let Some(pid) = i32::try_from(*pid).ok().and_then(rustix::process::Pid::from_raw) {
             // One that ended meanwhile is what we want.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
     }
+}
+
+/// Asks every generation of a node's agents to end and waits until they are gone.
+pub fn stop_agent(lab_cgroup: &Path, node: &str) -> Result<()> {
+    let cgroup = agent_cgroup(lab_cgroup, node);
+    terminate(&cgroup::processes(&cgroup)?);
     wait::until(&format!("the end of the agent on {node}"), STOP_LIMIT, || {
         Ok((!cgroup::populated(&cgroup)?).then_some(()))
     })

@@ -37,6 +37,9 @@ pub struct State {
     pub agent_args: Vec<String>,
     /// More arguments of the controller.
     pub controller_args: Vec<String>,
+    /// Whether each node has a keeper, and its agents can be replaced while they run.
+    #[serde(default)]
+    pub keeper: bool,
     /// Whether nodes translate Service addresses for pods outside of the mesh.
     pub service_rules: bool,
     /// The nodes; their position plus one is their number.

@@ -22,6 +22,11 @@ impl Timer {
         self.deadline = deadline;
     }
 
+    /// Moves the deadline to that moment unless it comes earlier anyway.
+    pub fn cut(&mut self, at: Instant) {
+        self.deadline = Some(self.deadline.map_or(at, |deadline| deadline.min(at)));
+    }
+
     /// Whether there is a deadline.
     pub fn is_set(&self) -> bool {
         self.deadline.is_some()

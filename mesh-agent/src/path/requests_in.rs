@@ -56,7 +56,7 @@ pub struct Exchange {
 pub async fn serve(handler: RequestsIn, mut source: Transport) {
     let handler = Rc::new(handler);
     let limits = Limits::default();
-    let drain = handler.worker().shared.drain.started();
+    let drain = handler.worker().shared.drain.clone();
     let patience = limits.idle_timeout;
     let http2 = match tokio::time::timeout(patience, sniff::peek(&mut source)).await {
         Ok(Ok(Some(Sniff::Http2))) => true,
@@ -65,9 +65,9 @@ pub async fn serve(handler: RequestsIn, mut source: Transport) {
         Ok(Ok(None) | Err(_)) | Err(_) => return,
     };
     let served = if http2 {
-        l7::h2::serve(source, handler, &limits, drain).await
+        l7::h2::serve(source, handler, &limits, drain.started()).await
     } else {
-        l7::h1::serve(source, handler, &limits, drain).await
+        l7::h1::serve(source, handler, &limits, drain.last_requests()).await
     };
     if let Err(error) = served {
         tracing::debug!(error = &error as &dyn std::error::Error, "a source's connection ended");

@@ -91,13 +91,13 @@ struct Plan {
 /// Serves the requests of a captured connection.
 pub async fn serve(handler: RequestsOut, stream: TcpStream, first: BytesMut, http2: bool) {
     let handler = Rc::new(handler);
-    let drain = handler.worker.shared.drain.started();
+    let drain = handler.worker.shared.drain.clone();
     let source = Transport::from_tcp(stream, first);
     let limits = Limits::default();
     let served = if http2 {
-        l7::h2::serve(source, handler, &limits, drain).await
+        l7::h2::serve(source, handler, &limits, drain.started()).await
     } else {
-        l7::h1::serve(source, handler, &limits, drain).await
+        l7::h1::serve(source, handler, &limits, drain.last_requests()).await
     };
     if let Err(error) = served {
         tracing::debug!(error = &error as &dyn std::error::Error, "a source's connection ended");

@@ -103,7 +103,6 @@ pub fn tunnel_refusal(error: &DialError) -> Refusal {
     match error {
         DialError::NoCredential(_) => Refusal::NoCredential,
         DialError::PoolFull => Refusal::Capacity,
-        DialError::Draining => Refusal::Draining,
         DialError::Connect(error) => connect_refusal(error),
         DialError::Handshake(HandshakeError::Timeout(_)) => Refusal::HandshakeTimeout,
         DialError::Handshake(_) | DialError::Alpn => Refusal::HandshakeFailed,

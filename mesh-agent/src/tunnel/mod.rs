@@ -59,7 +59,7 @@ pub enum Retry {
 /// Who is to blame that there is no tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blame {
-    /// Us: no credential, a full pool, draining.
+    /// Us: no credential, a full pool.
     Source,
     /// The network or the destination did not answer.
     Network,
@@ -76,9 +76,6 @@ pub enum DialError {
     /// As many tunnels are open as are allowed.
     #[error("the pool of tunnels is full")]
     PoolFull,
-    /// The worker is draining.
-    #[error("no new tunnels while draining")]
-    Draining,
     /// No TCP connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -111,7 +108,6 @@ impl DialError {
         match self {
             DialError::NoCredential(identity) => DialError::NoCredential(identity.clone()),
             DialError::PoolFull => DialError::PoolFull,
-            DialError::Draining => DialError::Draining,
             DialError::Connect(ConnectError::Socket(error)) => ConnectError::Socket(again(error)).into(),
             DialError::Connect(ConnectError::Connect { address, source }) => ConnectError::Connect {
                 address: *address,
@@ -139,7 +135,7 @@ impl DialError {
     /// Who is to blame.
     pub fn blame(&self) -> Blame {
         match self {
-            DialError::NoCredential(_) | DialError::PoolFull | DialError::Draining => Blame::Source,
+            DialError::NoCredential(_) | DialError::PoolFull => Blame::Source,
             DialError::Connect(ConnectError::Socket(_)) => Blame::Source,
             DialError::Connect(_) | DialError::Handshake(HandshakeError::Timeout(_) | HandshakeError::Io(_)) => {
                 Blame::Network

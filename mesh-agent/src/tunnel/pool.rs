@@ -5,7 +5,7 @@
 //! answered, under the same credential, and never beyond the life of either certificate.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     io::{self, IoSlice},
     pin::Pin,
     rc::{Rc, Weak},
@@ -87,7 +87,6 @@ struct Inner {
     clock: Arc<dyn Clock>,
     slots: RefCell<Slots<LaneKey, Tunnel, CredentialEpoch>>,
     shared: RefCell<Shared>,
-    draining: Cell<bool>,
 }
 
 /// The count of one tunnel in the book: dropped, the tunnel is gone.
@@ -160,7 +159,6 @@ impl Pool {
                 clock,
                 slots: RefCell::new(Slots::new(bounds)),
                 shared: RefCell::default(),
-                draining: Cell::new(false),
             }),
         }
     }
@@ -224,9 +222,9 @@ impl Pool {
         }
     }
 
-    /// Hands out nothing more and closes what is idle. Tunnels in use close when they come back.
+    /// Closes what is idle, and from now on what comes back. The last requests of connections that live on still get
+    /// tunnels of their own.
     pub fn drain(&self) {
-        self.inner.draining.set(true);
         let closed = self.inner.slots.borrow_mut().drain();
         closed.into_iter().for_each(close);
         self.inner.shared.borrow_mut().drain();
@@ -242,10 +240,6 @@ impl Pool {
 
     pub(super) fn clock(&self) -> &Arc<dyn Clock> {
         &self.inner.clock
-    }
-
-    pub(super) fn is_draining(&self) -> bool {
-        self.inner.draining.get()
     }
 
     pub(super) fn credential(&self, key: &TunnelKey) -> Result<Arc<Credential>, DialError> {
@@ -290,7 +284,6 @@ impl Pool {
                     };
                 }
                 Take::Full => return Err(DialError::PoolFull),
-                Take::Draining => return Err(DialError::Draining),
             }
         };
         self.dial(slot, alpn, from, &credential).await

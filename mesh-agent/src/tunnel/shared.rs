@@ -217,9 +217,6 @@ impl Pool {
     /// A place for one stream on a shared HTTP/2 connection. Must be called within a `LocalSet`.
     pub async fn h2(&self, key: &TunnelKey, from: &dyn SocketSource) -> Result<H2Lease, DialError> {
         loop {
-            if self.is_draining() {
-                return Err(DialError::Draining);
-            }
             let epoch = self.credential(key)?.epoch();
             let config = self.config();
             let take = self.shared().borrow_mut().take(

@@ -54,8 +54,6 @@ pub enum Take<T, E> {
     Dial,
     /// There are too many.
     Full,
-    /// The pool hands out nothing more.
-    Draining,
 }
 
 /// How many tunnels there are.
@@ -102,9 +100,6 @@ impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
     /// Asks for a tunnel for `key`: a ready one that credential `reuse` opened, or in any case a new one if that is
     /// `None`. Tunnels that may not be used again land in `closed`.
     pub fn take(&mut self, key: &K, reuse: Option<E>, now: Instant, closed: &mut Vec<T>) -> Take<T, E> {
-        if self.draining {
-            return Take::Draining;
-        }
         if let Some(lane) = self.lanes.get_mut(key) {
             while let Some(epoch) = reuse
                 && let Some(ready) = lane.ready.pop()
@@ -227,7 +222,7 @@ impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
         self.lanes.retain(|_, lane| !lane.is_empty());
     }
 
-    /// Hands out nothing from now on and returns every ready tunnel for closing.
+    /// Keeps nothing from now on and returns every ready tunnel for closing. Who still has a request is still served.
     pub fn drain(&mut self) -> Vec<T> {
         self.draining = true;
         let mut closed = Vec::new();
@@ -383,7 +378,12 @@ mod tests {
             "a new one although one is ready"
         );
         assert_eq!(book.drain(), [3]);
-        assert_eq!(book.take(&0, Some(1), now, &mut closed), Take::Draining);
+        book.opened(&0);
+        assert_eq!(
+            book.give_back(&0, 4, facts(1, late), now),
+            Some(4),
+            "nothing is kept while draining"
+        );
     }
 
     #[test]
@@ -451,7 +451,7 @@ mod tests {
                             busy[key as usize].push(tunnel);
                         }
                         Take::Dial => connecting[key as usize] += 1,
-                        Take::Full | Take::Draining => {}
+                        Take::Full => {}
                     },
                     Step::Opened(key) if connecting[key as usize] > 0 => {
                         book.opened(&key);

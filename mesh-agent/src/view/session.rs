@@ -5,7 +5,9 @@
 
 use std::{
     collections::VecDeque,
-    path::PathBuf,
+    future::Future,
+    path::{Path, PathBuf},
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -43,6 +45,8 @@ use crate::{
 const OUTGOING_MAX: usize = 16;
 /// The least time between two status messages.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the snapshot on disk is looked at while there is no stream: another generation may write it.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 /// The wait after a renewal of the node's certificate failed.
 const RENEWAL_RETRY: Duration = Duration::from_secs(10);
 
@@ -183,6 +187,9 @@ pub struct ViewSync {
     workload_bundle: watch::Sender<Arc<TrustBundle>>,
     credential: Option<NodeCredential>,
     client: ControllerClient,
+    stand_back: Pin<Box<dyn Future<Output = ()>>>,
+    /// When the snapshot on disk was written that was looked at last.
+    seen: Option<SystemTime>,
 }
 
 /// One open stream.
@@ -198,6 +205,7 @@ impl ViewSync {
             path: config.state_dir.clone(),
             error,
         })?;
+        let seen = written(&config.state_dir);
         let held = match snapshot::load(&config.state_dir, &config.trust_domain) {
             Ok(held) => held,
             Err(error) => {
@@ -251,6 +259,8 @@ impl ViewSync {
             workload_bundle,
             credential,
             client,
+            stand_back: Box::pin(std::future::pending()),
+            seen,
         };
         sync.note_credential();
         if let Some(held) = held {
@@ -282,6 +292,13 @@ impl ViewSync {
         self.health.clone()
     }
 
+    /// Once that resolves, another generation of this agent has the stream: this one makes none any more, and follows what
+    /// the other one saves.
+    pub fn stand_back_when(mut self, when: impl Future<Output = ()> + 'static) -> ViewSync {
+        self.stand_back = Box::pin(when);
+        self
+    }
+
     /// Keeps the session up. Ends only when dropped.
     pub async fn run(mut self, mut reports: watch::Receiver<AgentReport>) {
         let mut inputs = VecDeque::from([Input::Due]);
@@ -290,6 +307,8 @@ impl ViewSync {
         let mut renewal = self.renewal_due(None);
         let mut status_at = Instant::now();
         let mut reporting = true;
+        let mut follow = tokio::time::interval(FOLLOW_INTERVAL);
+        let mut stands_back = false;
         reports.mark_changed();
         loop {
             while let Some(input) = inputs.pop_front() {
@@ -339,7 +358,15 @@ impl ViewSync {
                         input => input,
                     });
                 }
-                () = until(due), if due.is_some() => {
+                () = &mut self.stand_back, if !stands_back => {
+                    stands_back = true;
+                    due = None;
+                    inputs.push_back(Input::StandBack);
+                }
+                _ = follow.tick(), if open.is_none() => {
+                    inputs.extend(self.found().await.map(Input::Found));
+                }
+                () = until(due), if due.is_some() && !stands_back => {
                     due = None;
                     inputs.push_back(Input::Due);
                 }
@@ -365,6 +392,19 @@ impl ViewSync {
                 }
             }
         }
+    }
+
+    /// What another generation has saved since the snapshot was looked at last.
+    async fn found(&mut self) -> Option<Arc<Held>> {
+        let now = written(&self.config.state_dir);
+        if now == self.seen {
+            return None;
+        }
+        self.seen = now;
+        let (state_dir, trust_domain) = (self.config.state_dir.clone(), self.config.trust_domain.clone());
+        let loaded = tokio::task::spawn_blocking(move || snapshot::load(&state_dir, &trust_domain)).await;
+        // One that is of no use is told of at the start; here the last good one stays.
+        loaded.ok()?.ok()?
     }
 
     fn lost(&self, reason: String) -> Input {
@@ -506,6 +546,11 @@ async fn receive(open: &mut Option<Open>, trust_domain: &TrustDomain) -> Input {
                 reason: "the controller ended the stream".to_owned(),
             };
         }
+        Err(status) if status.code() == tonic::Code::Aborted => {
+            return Input::Replaced {
+                reason: status.message().to_owned(),
+            };
+        }
         Err(status) => {
             return Input::Lost {
                 reason: format!("{}: {}", status.code().description(), status.message()),
@@ -526,6 +571,11 @@ async fn receive(open: &mut Option<Open>, trust_domain: &TrustDomain) -> Input {
         Some(Err(reason)) => garbled(reason),
         _ => Input::Update(Box::new(update)),
     }
+}
+
+/// When the snapshot was written.
+fn written(state_dir: &Path) -> Option<SystemTime> {
+    std::fs::metadata(snapshot::path(state_dir)).ok()?.modified().ok()
 }
 
 async fn until(at: Option<Instant>) {

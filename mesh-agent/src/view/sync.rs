@@ -19,6 +19,10 @@ use crate::event::Event;
 /// The wait after a first failure; it doubles with each one more.
 pub const RETRY_FIRST: Duration = Duration::from_millis(250);
 
+/// The wait after another generation of this node's agent has taken the stream. Two of them must not take it from each
+/// other without end; meanwhile each learns from the disk what the other one was told.
+pub const REPLACED_WAIT: Duration = Duration::from_secs(5);
+
 /// One revision as it came: what the view is compiled from and the snapshot on disk is written from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Held {
@@ -88,6 +92,15 @@ pub enum Input {
     },
     /// An update came.
     Update(Box<Update>),
+    /// The controller ended the stream because this node has connected again: another generation of the agent runs.
+    Replaced {
+        /// What it said.
+        reason: String,
+    },
+    /// While there is no stream: another generation has saved this.
+    Found(Arc<Held>),
+    /// Another generation serves now: let go of the stream, and make none.
+    StandBack,
     /// Something came that is no update.
     Garbled {
         /// The revision that it names; 0 if none.
@@ -314,6 +327,24 @@ pub fn step(mut state: State, input: Input, random: f64) -> (State, Vec<Action>)
             ]
         }
 
+        (Phase::Waiting, Input::Replaced { .. }) => Vec::new(),
+        (_, Input::Replaced { reason }) => {
+            state.phase = Phase::Waiting;
+            let retry_in = REPLACED_WAIT;
+            vec![
+                Action::Disconnect,
+                Action::Tell(Event::ControllerLost { reason, retry_in }),
+                Action::Wait(retry_in),
+            ]
+        }
+        (_, Input::StandBack) => {
+            state.phase = Phase::Waiting;
+            vec![Action::Disconnect]
+        }
+        // What the controller says itself comes first.
+        (Phase::Streaming { .. }, Input::Found(_)) => Vec::new(),
+        (_, Input::Found(found)) => find(&mut state, found),
+
         (Phase::Streaming { .. }, Input::Update(update)) => take(&mut state, *update),
         (Phase::Streaming { .. }, Input::Garbled { revision, reason }) => nack(revision, reason),
         // The rest of a stream that was let go.
@@ -332,6 +363,23 @@ pub fn step(mut state: State, input: Input, random: f64) -> (State, Vec<Action>)
         (_, Input::Renewed) => Vec::new(),
     };
     (state, actions)
+}
+
+/// Takes what another generation has saved, if it is newer.
+fn find(state: &mut State, found: Arc<Held>) -> Vec<Action> {
+    if found.revision <= state.revision() || found.trust_domain != state.greeting.trust_domain {
+        return Vec::new();
+    }
+    let mut actions = Vec::new();
+    if state.held.as_ref().is_none_or(|held| held.roots != found.roots) {
+        actions.push(Action::Trust(found.roots.clone()));
+    }
+    actions.push(Action::Publish(found.clone()));
+    actions.push(Action::Tell(Event::SnapshotLoaded {
+        revision: found.revision,
+    }));
+    state.held = Some(found);
+    actions
 }
 
 fn nack(revision: Revision, reason: String) -> Vec<Action> {

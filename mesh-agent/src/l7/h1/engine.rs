@@ -9,6 +9,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use http::StatusCode;
@@ -41,7 +42,8 @@ struct Connection<'a, H: Handler, D> {
     left: Left,
     timer: Timer,
     drain: Pin<&'a mut D>,
-    draining: bool,
+    /// We drain, and an idle connection is kept until then.
+    idle_until: Option<Instant>,
     eof: bool,
     limits: &'a Limits,
     handler: &'a H,
@@ -74,20 +76,21 @@ struct Upgrade<H: Handler> {
     end: End,
 }
 
-/// Serves HTTP/1 requests of one source connection until it ends, is refused, or `drain` resolves and no request is
-/// under way. Bytes already read are the source's own matter (`Transport` carries them as its prefix).
+/// Serves HTTP/1 requests of one source connection until it ends, is refused, or `drain` resolves and a request is over.
+/// A connection without a request is then kept for as long as `drain` says: its source may be sending the next one at this
+/// very moment, which is answered with the word that it was the last. Bytes already read are the source's own matter (`Transport` carries them as its prefix).
 pub async fn serve<H: Handler>(
     source: H::Source,
     handler: Rc<H>,
     limits: &Limits,
-    drain: impl Future<Output = ()>,
+    drain: impl Future<Output = Duration>,
 ) -> Result<(), ServeError> {
     let mut connection = Connection {
         source,
         left: Left::default(),
         timer: Timer::default(),
         drain: pin!(drain),
-        draining: false,
+        idle_until: None,
         eof: false,
         limits,
         handler: &*handler,
@@ -150,12 +153,23 @@ async fn relay<H: Handler>(handler: &H, mut source: H::Source, left: Left, upgra
     handler.finish(exchange, end);
 }
 
-impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
+/// Whether we drain; notes at first until when a connection without a request is kept.
+fn poll_draining(
+    idle_until: &mut Option<Instant>,
+    drain: Pin<&mut impl Future<Output = Duration>>,
+    cx: &mut Context<'_>,
+) -> bool {
+    if idle_until.is_none()
+        && let Poll::Ready(patience) = drain.poll(cx)
+    {
+        *idle_until = Some(Instant::now() + patience);
+    }
+    idle_until.is_some()
+}
+
+impl<'a, H: Handler, D: Future<Output = Duration>> Connection<'a, H, D> {
     fn poll_draining(&mut self, cx: &mut Context<'_>) -> bool {
-        if !self.draining && self.drain.as_mut().poll(cx).is_ready() {
-            self.draining = true;
-        }
-        self.draining
+        poll_draining(&mut self.idle_until, self.drain.as_mut(), cx)
     }
 
     async fn next_head(&mut self) -> Result<RequestHead, NoHead> {
@@ -226,6 +240,12 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
             };
             self.timer.set(Some(Instant::now() + time));
         }
+        if idle
+            && self.poll_draining(cx)
+            && let Some(until) = self.idle_until
+        {
+            self.timer.cut(until);
+        }
         if self.timer.poll(cx).is_ready() {
             let end = if idle {
                 NoHead::End
@@ -233,9 +253,6 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                 NoHead::Refused(Fault::HeadTimeout)
             };
             return Poll::Ready(Err(end));
-        }
-        if idle && self.poll_draining(cx) {
-            return Poll::Ready(Err(NoHead::End));
         }
         Poll::Pending
     }
@@ -334,20 +351,17 @@ impl<'a, H: Handler, D: Future<Output = ()>> Connection<'a, H, D> {
                 left,
                 timer,
                 drain,
-                draining,
+                idle_until,
                 limits,
                 handler,
                 ..
             } = &mut *self;
-            let mut poll_draining = |cx: &mut Context<'_>| {
-                *draining = *draining || drain.as_mut().poll(cx).is_ready();
-                *draining
-            };
+            let mut draining = |cx: &mut Context<'_>| poll_draining(idle_until, drain.as_mut(), cx);
             let side = SourceSide {
                 wire: source,
                 left,
                 timer,
-                draining: &mut poll_draining,
+                draining: &mut draining,
             };
             let mut run = Exchange::<H>::new(handler, &mut exchange, limits, asked, side, &mut up, target);
             let outcome = poll_fn(|cx| run.poll(cx)).await;

@@ -116,7 +116,7 @@ struct Bench {
     apps: mpsc::Receiver<TcpStream>,
     ends: mpsc::Receiver<End>,
     handler: Rc<Scripted>,
-    drain: Option<oneshot::Sender<()>>,
+    drain: Option<oneshot::Sender<Duration>>,
     served: JoinHandle<Result<(), ServeError>>,
 }
 
@@ -125,7 +125,7 @@ impl Bench {
         let (source, ours) = pair().await;
         let (apps_in, apps) = mpsc::channel(1024);
         let (ends_in, ends) = mpsc::channel(1024);
-        let (drain, drained) = oneshot::channel::<()>();
+        let (drain, drained) = oneshot::channel::<Duration>();
         let handler = Rc::new(Scripted {
             decide,
             retry_on,
@@ -139,8 +139,9 @@ impl Bench {
             let handler = handler.clone();
             async move {
                 let drained = async {
-                    if drained.await.is_err() {
-                        std::future::pending::<()>().await;
+                    match drained.await {
+                        Ok(patience) => patience,
+                        Err(_) => std::future::pending().await,
                     }
                 };
                 serve(transport(ours), handler, &limits, drained).await
@@ -1349,7 +1350,7 @@ fn draining_ends_idle_connections_and_lets_requests_finish() {
         bench.send(GET).await;
         let mut app = bench.app().await;
         app.expect(GET).await;
-        bench.drain.take().unwrap().send(()).unwrap();
+        bench.drain.take().unwrap().send(Duration::ZERO).unwrap();
         app.send(OK).await;
         bench
             .expect("HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
@@ -1357,7 +1358,20 @@ fn draining_ends_idle_connections_and_lets_requests_finish() {
         bench.expect_closed().await;
 
         let mut bench = Bench::plain().await;
-        bench.drain.take().unwrap().send(()).unwrap();
+        bench.drain.take().unwrap().send(Duration::ZERO).unwrap();
+        bench.expect_closed().await;
+
+        // One that is kept may send one more request, and is told that it was the last.
+        let mut bench = Bench::plain().await;
+        bench.drain.take().unwrap().send(Duration::from_secs(60)).unwrap();
+        tokio::task::yield_now().await;
+        bench.send(GET).await;
+        let mut app = bench.app().await;
+        app.expect(GET).await;
+        app.send(OK).await;
+        bench
+            .expect("HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok")
+            .await;
         bench.expect_closed().await;
     });
 }
