@@ -92,6 +92,7 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let kube = arguments.kube.clone();
     let world = World::of(arguments.socket, arguments.kube);
     let world = &world;
     match arguments.command {
@@ -104,7 +105,7 @@ async fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Upgrade(args) => install::upgrade(args, world).await,
         Command::Uninstall(args) => uninstall::run(args, world).await,
         Command::Doctor(args) => doctor::run(args, world).await,
-        Command::Controller(config) => controller::run(*config)
+        Command::Controller(config) => controller::run(*config, &kube)
             .await
             .map_err(|error| Failure::refused(format!("{error:#}"))),
         Command::Completions { shell } => {

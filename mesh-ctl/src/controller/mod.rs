@@ -22,7 +22,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use mesh_api::{
     identity::TrustDomain,
     wire::{MESSAGE_BYTES_MAX, control::ControlServer, operator::OperatorServer},
@@ -40,6 +40,7 @@ use self::{
     source::{Admission, Source},
     tls::Tls,
 };
+use crate::kubernetes::KubeArgs;
 
 /// HTTP/2 pings on idle connections, and how long an answer may take: a dead agent is noticed within both.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(10));
@@ -210,7 +211,7 @@ impl Parts {
 }
 
 /// Runs until SIGTERM or SIGINT.
-pub async fn run(config: ControllerConfig) -> anyhow::Result<()> {
+pub async fn run(config: ControllerConfig, kube: &KubeArgs) -> anyhow::Result<()> {
     log_to_stderr(config.log_format);
     if config.svid_ttl > ca::SVID_TTL_MAX || config.svid_ttl < Duration::from_secs(5) {
         bail!("--svid-ttl: expected 5s to 24h");
@@ -219,6 +220,10 @@ pub async fn run(config: ControllerConfig) -> anyhow::Result<()> {
     if config.standalone {
         standalone::run(config, trust_domain).await
     } else {
-        kubernetes::run(config, trust_domain).await
+        let client = kube
+            .config()
+            .await
+            .map_err(|failure| anyhow!(failure.lines().join("; ")))?;
+        kubernetes::run(config, client, trust_domain).await
     }
 }

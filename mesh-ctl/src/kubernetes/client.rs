@@ -54,6 +54,11 @@ impl KubeArgs {
 
     /// Reads the configuration and makes a client. Nothing is asked yet.
     pub async fn cluster(&self) -> Result<Cluster, Failure> {
+        self.client(self.config().await?)
+    }
+
+    /// Reads the configuration.
+    pub async fn config(&self) -> Result<Config, Failure> {
         let options = KubeConfigOptions {
             context: self.context.clone(),
             ..KubeConfigOptions::default()
@@ -65,15 +70,13 @@ impl KubeArgs {
                 Config::from_custom_kubeconfig(read, &options).await
             }
             None if self.context.is_none() && std::env::var_os("KUBECONFIG").is_none() => {
-                return self.client(
-                    Config::infer()
-                        .await
-                        .map_err(|e| Failure::Usage(format!("no cluster: {e}")))?,
-                );
+                return Config::infer()
+                    .await
+                    .map_err(|e| Failure::Usage(format!("no cluster: {e}")));
             }
             None => Config::from_kubeconfig(&options).await,
         };
-        self.client(config.map_err(|e| Failure::Usage(format!("kubeconfig: {e}")))?)
+        config.map_err(|e| Failure::Usage(format!("kubeconfig: {e}")))
     }
 
     fn client(&self, mut config: Config) -> Result<Cluster, Failure> {

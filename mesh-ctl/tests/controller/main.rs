@@ -2,6 +2,8 @@
 
 mod agents;
 mod cli;
+mod cluster;
 mod crash;
+mod fake_api;
 mod joining;
 mod world;

@@ -74,13 +74,6 @@ pub struct ClusterConfig {
     pub lease_duration: Duration,
 }
 
-/// A client of the API server: by KUBECONFIG or ~/.kube/config, else by the pod's ServiceAccount.
-async fn client() -> anyhow::Result<Client> {
-    let mut config = kube::Config::infer().await.context("no way to the API server")?;
-    config.connect_timeout = Some(CONNECT_TIMEOUT);
-    Ok(Client::try_from(config)?)
-}
-
 fn identity(config: &ClusterConfig) -> String {
     let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = config.pod_name.clone().unwrap_or_else(host);
@@ -97,7 +90,7 @@ struct Leader {
 }
 
 /// Runs until SIGTERM or SIGINT.
-pub async fn run(config: ControllerConfig, trust_domain: TrustDomain) -> anyhow::Result<()> {
+pub async fn run(config: ControllerConfig, mut kube: kube::Config, trust_domain: TrustDomain) -> anyhow::Result<()> {
     let stopped_by = terminated();
     tokio::pin!(stopped_by);
     let identity = identity(&config.cluster);
@@ -107,7 +100,8 @@ pub async fn run(config: ControllerConfig, trust_domain: TrustDomain) -> anyhow:
     if config.cluster.lease_duration < Duration::from_secs(1) {
         bail!("--lease-duration: expected at least 1s");
     }
-    let client = client().await?;
+    kube.connect_timeout = Some(CONNECT_TIMEOUT);
+    let client = Client::try_from(kube).context("the way to the API server")?;
     let metrics = Arc::new(Metrics::new());
     let health = config.cluster.health_listen;
     let listener = TcpListener::bind(health)

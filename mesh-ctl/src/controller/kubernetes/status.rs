@@ -9,32 +9,20 @@ use std::{
     sync::Arc,
 };
 
-use mesh_api::{document::Resource, workload::Revision};
+use mesh_api::{
+    status::{ACCEPTED, Condition, DocumentStatus, PROGRAMMED},
+    workload::Revision,
+};
 use serde_json::{Value, json};
 
-use crate::controller::{agents::Standing, source::Compiled};
+use crate::controller::agents::Standing;
 
 /// Who we are in a route's status.
 pub const CONTROLLER: &str = "nodemesh.io/mesh";
-/// The condition that says whether agents hold it.
-pub const PROGRAMMED: &str = "Programmed";
 /// How much of a message is kept: the API's own limit.
 const MESSAGE_CHARS_MAX: usize = 32_768;
 /// How many nodes a message names.
 const NODES_NAMED: usize = 5;
-
-/// One condition that should be there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Condition {
-    /// `Accepted`, …
-    pub kind: &'static str,
-    /// Whether it is so.
-    pub holds: bool,
-    /// One word.
-    pub reason: String,
-    /// For people.
-    pub message: String,
-}
 
 /// What a parent of a route, or a policy, should be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,15 +40,6 @@ pub enum Reach {
     All(usize),
     /// These do not, with the reason of those that refused it.
     Waiting(Vec<(String, Option<String>)>),
-}
-
-/// The nodes that run workloads of the mesh.
-pub fn nodes_of_the_mesh(compiled: &Compiled) -> BTreeSet<Arc<str>> {
-    let enrolled = compiled.resources.values().filter_map(|resource| match &**resource {
-        Resource::Workload(workload) if workload.enrolled => Some(workload.node.clone()),
-        _ => None,
-    });
-    enrolled.collect()
 }
 
 /// How far `revision` has come on `nodes`.
@@ -82,14 +61,30 @@ pub fn reach(revision: Revision, nodes: &BTreeSet<Arc<str>>, agents: &BTreeMap<S
     }
 }
 
-/// The condition `Programmed` of an accepted document.
-pub fn programmed(accepted: bool, reach: &Reach) -> Condition {
-    let condition = |holds: bool, reason: &str, message: String| Condition {
-        kind: PROGRAMMED,
-        holds,
-        reason: reason.to_owned(),
-        message,
+/// What the model says of a document, with what agents hold of it.
+pub fn verdicts(document: &DocumentStatus, reach: &Reach) -> Vec<Verdict> {
+    let complete = |conditions: &[Condition]| {
+        let accepted = conditions.iter().all(|c| c.kind != ACCEPTED || c.holds);
+        let mut all = conditions.to_vec();
+        all.push(programmed(accepted, reach));
+        all
     };
+    if !document.key.kind.is_route() {
+        return vec![Verdict {
+            parent: None,
+            conditions: complete(&document.conditions),
+        }];
+    }
+    let parents = document.parents.iter().map(|parent| Verdict {
+        parent: Some(serde_json::to_value(&parent.parent).unwrap_or_default()),
+        conditions: complete(&parent.conditions),
+    });
+    parents.collect()
+}
+
+/// The condition `Programmed` of a document.
+pub fn programmed(accepted: bool, reach: &Reach) -> Condition {
+    let condition = Condition::programmed;
     if !accepted {
         return condition(false, "Invalid", "it is not accepted".to_owned());
     }
@@ -137,7 +132,7 @@ fn merge(old: &[Value], wanted: &[Condition], generation: i64, now: &str) -> Vec
         let keep = condition.kind == PROGRAMMED
             && condition.reason == "Pending"
             && latched
-            && wanted.iter().all(|other| other.kind != "Accepted" || other.holds);
+            && wanted.iter().all(|other| other.kind != ACCEPTED || other.holds);
         if keep {
             continue;
         }
@@ -205,11 +200,11 @@ mod tests {
     const T0: &str = "2026-01-01T00:00:00Z";
     const T1: &str = "2026-01-01T00:01:00Z";
 
-    fn condition(kind: &'static str, holds: bool, reason: &str) -> Condition {
+    fn condition(kind: &'static str, holds: bool, reason: &'static str) -> Condition {
         Condition {
             kind,
             holds,
-            reason: reason.to_owned(),
+            reason,
             message: String::new(),
         }
     }
@@ -264,7 +259,7 @@ mod tests {
         );
         // A refusal is news, and so is an object that is not accepted any more.
         let mut refused = accepted();
-        refused[2].reason = "Refused".into();
+        refused[2].reason = "Refused";
         assert!(policy(&first, &refused, Revision(1001), 1, T1).is_some());
         let mut invalid = accepted();
         invalid[0] = condition("Accepted", false, "Invalid");
@@ -351,11 +346,7 @@ mod tests {
         ];
         for (agents, holds, reason, message) in cases {
             let condition = programmed(true, &reach(Revision(7), &nodes, &agents));
-            assert_eq!(
-                (condition.holds, condition.reason.as_str()),
-                (holds, reason),
-                "{agents:?}"
-            );
+            assert_eq!((condition.holds, condition.reason), (holds, reason), "{agents:?}");
             assert!(condition.message.contains(message), "{}", condition.message);
         }
         assert!(programmed(true, &reach(Revision(7), &BTreeSet::new(), &BTreeMap::new())).holds);

@@ -12,14 +12,14 @@ use kube::{
     Api, Client,
     api::{DynamicObject, Patch, PatchParams},
 };
-use mesh_api::document::DocumentKey;
+use mesh_api::{document::DocumentKey, status::statuses};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
     cluster::{Cluster, Known},
     health::Metrics,
-    status::{self, Condition, Verdict},
+    status,
     watch::{ObjectState, REQUEST_TIMEOUT},
 };
 use crate::controller::agents::Agents;
@@ -73,8 +73,8 @@ pub async fn run(client: Client, cluster: Arc<Cluster>, agents: Arc<Agents>, met
         let written: Vec<_> = written.collect().await;
         for (write, result) in written {
             metrics.status_written(result);
-            let retry = (result == FAILED).then(|| Instant::now() + RETRY);
-            more |= retry.is_some();
+            // After a conflict the watch will have shown another version by then.
+            let retry = matches!(result, FAILED | CONFLICT).then(|| Instant::now() + RETRY);
             let entry = Done {
                 from: write.object.resource_version,
                 status: write.status,
@@ -83,10 +83,12 @@ pub async fn run(client: Client, cluster: Arc<Cluster>, agents: Arc<Agents>, met
             done.insert(write.key, entry);
         }
         if !more {
+            let retries = done.values().filter_map(|last| last.retry).filter(|at| *at > began);
+            let wake = retries.min().unwrap_or(began + LOOK).min(began + LOOK);
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
                 changed = answers.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep_until(wake) => {}
             }
             tokio::time::sleep(QUIET).await;
         }
@@ -101,26 +103,15 @@ fn due(known: &Known<'_>, agents: &Agents, done: &mut BTreeMap<DocumentKey, Done
     let clock = Instant::now();
     let now = Timestamp::now().round(Unit::Second).unwrap_or_default().to_string();
     let standing = agents.standing();
-    let nodes = status::nodes_of_the_mesh(known.current);
     let mut writes = Vec::new();
-    for (key, verdicts) in wanted(known) {
+    for document in statuses(known.set) {
+        let key = document.key.clone();
         let Some(object) = known.objects.get(&key) else {
             continue;
         };
         let brought = known.brought.get(&key).copied().unwrap_or(known.current.revision);
-        let reach = status::reach(brought, &nodes, &standing);
-        let complete = |mut conditions: Vec<Condition>| {
-            let accepted = conditions.iter().all(|c| c.kind != "Accepted" || c.holds);
-            conditions.push(status::programmed(accepted, &reach));
-            conditions
-        };
-        let verdicts: Vec<Verdict> = verdicts
-            .into_iter()
-            .map(|verdict| Verdict {
-                conditions: complete(verdict.conditions),
-                ..verdict
-            })
-            .collect();
+        let reach = status::reach(brought, &document.nodes, &standing);
+        let verdicts = status::verdicts(&document, &reach);
         let new = if key.kind.is_route() {
             status::route(&object.status, &verdicts, object.generation, &now)
         } else {
@@ -161,13 +152,8 @@ fn same_but_times(a: &Value, b: &Value) -> bool {
     }
 }
 
-/// What each route and policy should be told.
-fn wanted(known: &Known<'_>) -> Vec<(DocumentKey, Vec<Verdict>)> {
-    let _ = known;
-    Vec::new()
-}
-
 const FAILED: &str = "failed";
+const CONFLICT: &str = "conflict";
 
 /// Writes one status: `ok`, `conflict` (somebody else wrote, or the object is gone), `refused` or `failed`.
 async fn put(client: &Client, write: Write) -> (Write, &'static str) {
@@ -190,7 +176,7 @@ async fn put(client: &Client, write: Write) -> (Write, &'static str) {
     let asked = api.patch_status(&write.key.name, &parameters, &patch);
     let result = match tokio::time::timeout(REQUEST_TIMEOUT, asked).await {
         Ok(Ok(_)) => "ok",
-        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => "conflict",
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => CONFLICT,
         Ok(Err(kube::Error::Api(status))) if matches!(status.code, 400 | 422) => {
             // Trying again would not help: the API server wants another shape.
             tracing::error!(key = %write.key, error = %status.message, "a status was refused");

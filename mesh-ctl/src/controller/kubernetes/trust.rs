@@ -395,7 +395,12 @@ mod tests {
         assert_eq!((bundle.as_slice(), since.len()), (&[new.clone()][..], 0));
 
         // A root that comes back is not retired any more.
-        let (_, since) = merge(&[new.clone()], &[old.clone()], &BTreeMap::new(), now);
+        let (_, since) = merge(
+            std::slice::from_ref(&new),
+            std::slice::from_ref(&old),
+            &BTreeMap::new(),
+            now,
+        );
         let (bundle, since) = merge(&[old.clone(), new.clone()], &[new, old], &since, later);
         assert_eq!((bundle.len(), since.len()), (2, 0));
     }

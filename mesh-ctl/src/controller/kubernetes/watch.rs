@@ -19,7 +19,10 @@ use kube::{
 };
 use mesh_api::document::{Document, DocumentKey, Kind, Problem, read_object};
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::health::Metrics;
@@ -32,6 +35,8 @@ const PAGE: u32 = 500;
 const WATCH_SECONDS: u32 = 60;
 /// How long the definition of an absent kind goes unasked when nothing tells of it.
 const RECHECK: Duration = Duration::from_secs(30);
+/// A watch that lasted this long has worked.
+const STEADY: Duration = Duration::from_secs(10);
 /// How long a request may take.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -290,10 +295,14 @@ impl Keeper {
                     Err(Ended) => return,
                 },
             };
-            patience.reset();
+            let began = Instant::now();
             if self.follow(version).await.is_err() {
                 return;
             }
+            if began.elapsed() > STEADY {
+                patience.reset();
+            }
+            tokio::time::sleep(patience.next().unwrap_or(RECHECK)).await;
         }
     }
 
@@ -371,6 +380,12 @@ impl Keeper {
                 }
                 Some(Err(error)) => {
                     self.failed(&error);
+                    // The watcher takes an expired version for one that may be good again, if it is told so as it
+                    // starts a watch: only a new list helps.
+                    if matches!(&error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 410)
+                    {
+                        return Ok(());
+                    }
                     if self.watched.defined && matches!(ask(&self.client, self.watched).await, Ok(Defined::No)) {
                         return Ok(());
                     }
