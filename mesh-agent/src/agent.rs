@@ -91,7 +91,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let traffic = Traffic::new();
 
     let (senders, receivers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| mpsc::channel(COMMANDS_MAX)).unzip();
-    let (pods, sandboxes) = discover(&config, pods(&config, &kernel, &senders).await?)?;
+    let (pods, sandboxes) = discover(&config, &kernel, pods(&config, &kernel, &senders).await?)?;
     let (trigger, drain) = drain::channel();
     let shared = Arc::new(Shared {
         node: config.node.as_str().into(),
@@ -206,7 +206,11 @@ async fn serve(config: AgentConfig) -> Result<()> {
 }
 
 /// On Kubernetes pods are found by their cgroups, and guarded from their birth.
-fn discover(config: &AgentConfig, pods: Pods) -> Result<(Pods, Option<watch::Receiver<Arc<Sandboxes>>>)> {
+fn discover(
+    config: &AgentConfig,
+    kernel: &Kernel,
+    pods: Pods,
+) -> Result<(Pods, Option<watch::Receiver<Arc<Sandboxes>>>)> {
     let Some(kubernetes) = &config.kubernetes else {
         return Ok((pods, None));
     };
@@ -215,10 +219,18 @@ fn discover(config: &AgentConfig, pods: Pods) -> Result<(Pods, Option<watch::Rec
         refuses: kubernetes.refuses_unclassified,
         trusted: kubernetes.trusted_namespaces.clone(),
         roots: discovery.pod_roots(),
+        severs: !kernel.resumed() && uptime().is_some_and(|uptime| uptime < kubernetes.boot_window),
     };
     let sandboxes = discovery.sandboxes();
     tokio::task::spawn_local(discovery.run());
     Ok((pods.with_gate(gate)?, Some(sandboxes)))
+}
+
+/// How long the machine has been up.
+fn uptime() -> Option<Duration> {
+    let text = std::fs::read_to_string("/proc/uptime").ok()?;
+    let seconds: f64 = text.split_whitespace().next()?.parse().ok()?;
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 /// The pods, with the keeper if there should be one.
@@ -445,6 +457,8 @@ fn pod_events(before: &[PodStatus], now: &[PodStatus]) -> Vec<Event> {
         if pod.captured {
             events.extend((!was_captured).then(|| Event::PodCaptured { pod: name() }));
         } else if !pod.enrolled {
+            events.extend(was_captured.then(|| Event::PodRetired { pod: name() }));
+        } else if pod.is_absent {
             events.extend(was_captured.then(|| Event::PodRetired { pod: name() }));
         } else if old.is_none_or(|old| old.captured || !old.enrolled || old.reason != pod.reason) {
             let reason = pod.reason.clone().unwrap_or_default();

@@ -86,6 +86,8 @@ pub struct KubernetesConfig {
     pub trusted_namespaces: BTreeSet<String>,
     /// The kubelet's directory of pods' logs, which tells their names.
     pub pod_logs: PathBuf,
+    /// How long after the node's start an agent that finds nothing captured ends what enrolled pods have connected to.
+    pub boot_window: Duration,
 }
 
 /// Where the agent itself can be asked.
@@ -601,6 +603,7 @@ fn read_kubernetes(mut section: Section<'_>, fail_mode: FailMode) -> Option<Kube
         refuses_unclassified: section.word("unclassified", default, &[("refuse", true), ("pass", false)]),
         trusted_namespaces: section.or("trustedNamespaces", TRUSTED_NAMESPACES.map(str::to_owned).into()),
         pod_logs: section.or("podLogs", PathBuf::from("/var/log/pods")),
+        boot_window: section.duration("bootWindow", Duration::from_secs(600)),
     };
     section.end();
     is_enabled.then_some(config)

@@ -8,6 +8,8 @@
 mod guard;
 #[path = "kernel/pods.rs"]
 mod pods;
+#[path = "kernel/sandboxes.rs"]
+mod sandboxes;
 #[path = "kernel/world.rs"]
 mod world;
 

@@ -29,6 +29,8 @@ pub struct GateConfig {
     pub trusted: BTreeSet<String>,
     /// The cgroup2 directories that hold all pods' processes.
     pub roots: Vec<PathBuf>,
+    /// Whether what enrolled pods connected to before this agent's start is ended, because the node has just started.
+    pub severs: bool,
 }
 
 /// What a sandbox's network namespace is.
@@ -66,6 +68,8 @@ pub struct Gate {
     /// Namespaces that processes of a pod made for themselves.
     nested: BTreeMap<NetnsCookie, PodUid>,
     is_raised: bool,
+    /// Sandboxes that were there before the agent and should have been captured; none before the first view.
+    cold: Option<BTreeSet<NetnsCookie>>,
 }
 
 impl Gate {
@@ -81,6 +85,7 @@ impl Gate {
             sandboxes: Arc::default(),
             nested: BTreeMap::new(),
             is_raised: false,
+            cold: None,
         })
     }
 
@@ -97,11 +102,11 @@ impl Gate {
     /// The sandbox of a pod that is to be captured, or why there is none.
     pub fn place(&self, workload: &Workload) -> Result<&Sandbox, PodError> {
         if workload.host_network {
-            return Err(PodError::HostNetwork);
+            return Err(PodError::NodeNetwork);
         }
         let sandbox = self.sandbox(workload).ok_or(PodError::NoSandbox)?;
         if sandbox.host_network {
-            return Err(PodError::HostNetwork);
+            return Err(PodError::NodeNetwork);
         }
         Ok(sandbox)
     }
@@ -114,6 +119,28 @@ impl Gate {
         if lives_on {
             self.know(cookie);
         }
+    }
+
+    /// The first view tells which pods should have been captured when they were born.
+    pub fn take_view(&mut self, workloads: &[Arc<Workload>]) {
+        if self.cold.is_some() {
+            return;
+        }
+        let enrolled = workloads
+            .iter()
+            .filter(|workload| workload.enrolled && self.config.severs);
+        let sandboxes = enrolled.filter_map(|workload| self.sandbox(workload));
+        self.cold = Some(
+            sandboxes
+                .filter(|found| !found.is_new)
+                .filter_map(Sandbox::cookie)
+                .collect(),
+        );
+    }
+
+    /// Whether a pod that is captured now has connections that should not be.
+    pub fn is_cold(&mut self, cookie: NetnsCookie) -> bool {
+        self.cold.as_mut().is_some_and(|cold| cold.remove(&cookie))
     }
 
     fn know(&mut self, cookie: NetnsCookie) {
@@ -273,6 +300,7 @@ mod tests {
                 refuses: true,
                 trusted: BTreeSet::from(["nodemesh-system".to_owned()]),
                 roots: Vec::new(),
+                severs: false,
             };
             let found = class(&config, captured, view, pod);
             assert_eq!(found, expected, "{captured} {view:?} {pod:?}");

@@ -17,6 +17,7 @@ mod listeners;
 mod netns;
 mod pod;
 mod reconcile;
+mod sever;
 
 use std::{fmt, io, net::TcpListener, path::PathBuf, sync::Arc};
 
@@ -32,6 +33,7 @@ pub use latency::CaptureTimes;
 pub use netns::Netns;
 pub use pod::Pod;
 pub use reconcile::Pods;
+pub use sever::sever;
 
 /// What the control thread tells a worker.
 #[derive(Debug)]
@@ -118,6 +120,9 @@ pub enum PodError {
     /// The pod has no sandbox on this node: the runtime has not made one, or it has ended.
     #[error("no sandbox yet")]
     NoSandbox,
+    /// The pod has no network namespace of its own (`hostNetwork`).
+    #[error("host network")]
+    NodeNetwork,
     /// No process is in the sandbox's network namespace.
     #[error("a sandbox without a process in a network namespace")]
     NoProcess,
@@ -150,7 +155,7 @@ impl PodError {
     fn is_absence(&self) -> bool {
         matches!(
             self,
-            PodError::NoSandbox | PodError::NoProcess | PodError::BareSandbox | PodError::HostNetwork
+            PodError::NoSandbox | PodError::NoProcess | PodError::BareSandbox | PodError::NodeNetwork
         )
     }
 }

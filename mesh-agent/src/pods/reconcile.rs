@@ -23,6 +23,7 @@ use super::{
     gate::{Gate, GateConfig},
     kept::Kept,
     listeners::{self, Group},
+    sever,
 };
 use crate::{
     keeper::Direction,
@@ -186,6 +187,9 @@ impl Pods {
             .filter(|workload| workload.enrolled)
             .map(|workload| (&workload.name, workload))
             .collect();
+        if let Some(gate) = &mut self.gate {
+            gate.take_view(wanted);
+        }
         self.keep_again();
         self.retire_gone(&enrolled, wanted).await;
         for workload in enrolled.values() {
@@ -355,7 +359,7 @@ impl Pods {
         Ok(())
     }
 
-    /// Notes how long it took to capture pods that are new, and learns from where the node calls them.
+    /// Notes how long it took to capture pods that are new.
     fn note_times(&mut self, problems: &BTreeMap<ObjectName, PodError>) {
         let Some(gate) = &self.gate else { return };
         for (name, held) in &mut self.held {
@@ -380,6 +384,13 @@ impl Pods {
                 learn_callers(&self.kernel, &held.pod.workload().addresses);
             }
             held.enrol(&self.kernel)?;
+            // Before the workers serve it, so that no connection of ours is among them.
+            if self.gate.as_mut().is_some_and(|gate| gate.is_cold(held.pod.cookie())) {
+                match sever(held.pod.netns()) {
+                    Ok(ended) => tracing::info!(pod = %name, ended, "connections from before the capture are ended"),
+                    Err(error) => tracing::error!(pod = %name, %error, "connections from before the capture go on"),
+                }
+            }
         }
         for (index, worker) in self.workers.iter().enumerate() {
             let Some(seat) = held.seats.get_mut(index) else {

@@ -20,9 +20,9 @@ use tokio::sync::mpsc;
 use crate::world::{World, accept, close, run_in};
 
 /// Commands that a worker's queue holds.
-const COMMANDS_MAX: usize = 16;
+pub const COMMANDS_MAX: usize = 16;
 
-fn workload(world: &World, name: &str) -> Workload {
+pub fn workload(world: &World, name: &str) -> Workload {
     let domain = TrustDomain::new("cluster.local").unwrap();
     Workload {
         name: ObjectName::new("shop", name),
@@ -47,8 +47,8 @@ fn workload(world: &World, name: &str) -> Workload {
 }
 
 /// A worker that the test plays: it confirms what it is told to serve, and keeps it.
-struct Worker {
-    commands: mpsc::Receiver<WorkerCommand>,
+pub struct Worker {
+    pub commands: mpsc::Receiver<WorkerCommand>,
 }
 
 /// What a worker was told.
@@ -85,7 +85,7 @@ impl Worker {
     }
 }
 
-fn pods(kernel: &Arc<Kernel>, workers: usize) -> (Pods, Vec<Worker>) {
+pub fn pods(kernel: &Arc<Kernel>, workers: usize) -> (Pods, Vec<Worker>) {
     let (senders, workers) = (0..workers)
         .map(|_| {
             let (sender, commands) = mpsc::channel(COMMANDS_MAX);
@@ -95,14 +95,14 @@ fn pods(kernel: &Arc<Kernel>, workers: usize) -> (Pods, Vec<Worker>) {
     (Pods::new(kernel.clone(), senders).unwrap(), workers)
 }
 
-fn status(pods: &Pods) -> PodStatus {
+pub fn status(pods: &Pods) -> PodStatus {
     let statuses = pods.statuses();
     assert_eq!(statuses.len(), 1);
     statuses.into_iter().next().unwrap()
 }
 
 /// Reconciles while every worker serves one pod; their listeners.
-async fn reconcile_and_serve(
+pub async fn reconcile_and_serve(
     pods: &mut Pods,
     workers: &mut [Worker],
     wanted: &[Arc<Workload>],

@@ -156,6 +156,11 @@ impl World {
         self.kernel.as_ref().unwrap()
     }
 
+    /// The pod's network namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
     /// Hands over the attached programs.
     pub fn take_kernel(&mut self) -> Arc<Kernel> {
         Arc::new(self.kernel.take().unwrap())
@@ -360,6 +365,12 @@ impl Cgroup {
         command
     }
 
+    /// Runs a Python program in it, in a network namespace, to be talked to.
+    pub fn talk(&self, netns: &Path, program: &str) -> Child {
+        let mut command = self.command(netns, program);
+        spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped())).unwrap()
+    }
+
     /// Runs a Python program in it, in a network namespace, to its end; returns what it printed.
     pub fn output(&self, netns: &Path, program: &str) -> String {
         let output = output(&mut self.command(netns, program)).unwrap();
@@ -384,6 +395,12 @@ impl Drop for Cgroup {
 }
 
 impl Program {
+    /// Ends it.
+    pub fn kill(mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
     /// Waits for its end, which must be a good one.
     pub fn finish(mut self) {
         assert!(self.0.wait().unwrap().success());
