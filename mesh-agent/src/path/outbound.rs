@@ -388,6 +388,7 @@ impl Flow<'_> {
             security: ConnectionSecurity::Unknown,
         };
         let admission = self.worker.shared.traffic.admit(backend).map_err(refused)?;
+        let admission = admission.of_source(self.presented(self.original_destination.is_ipv6()).ip());
         let connection = admission.try_connection().map_err(refused)?;
         let mut tried: Vec<SocketAddr> = Vec::new();
         loop {

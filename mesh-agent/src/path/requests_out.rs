@@ -284,7 +284,10 @@ impl RequestsOut {
             (Some(backend), _) => {
                 let refused = |rejection| nowhere(Denial::of(rejection_refusal(rejection)));
                 let admission = match self.worker.shared.traffic.admit(backend) {
-                    Ok(admission) => admission,
+                    Ok(admission) => {
+                        let ipv6 = self.original_destination.is_ipv6();
+                        admission.of_source(presented(&self.pod, self.source, ipv6).ip())
+                    }
                     Err(rejection) => return refused(rejection),
                 };
                 let endpoints = backend.endpoints(self.original_destination.is_ipv6());

@@ -1,5 +1,7 @@
 //! Which endpoint: pure choices over what the caller shows. Nothing here knows a socket, a clock or a lock.
 
+use std::net::{IpAddr, SocketAddr};
+
 use mesh_api::resilience::BalancerAlgorithm;
 
 /// Chooses one of `count` endpoints.
@@ -39,6 +41,35 @@ pub fn choose(
             })
         }
     }
+}
+
+/// The usable endpoint that a source is bound to: of all pairs of the source and an endpoint the one with the greatest
+/// hash. Every agent and every start comes to the same, and where one endpoint goes only its own sources move.
+pub fn sticky(
+    source: IpAddr,
+    addresses: impl Iterator<Item = SocketAddr>,
+    usable: impl Fn(usize) -> bool,
+) -> Option<usize> {
+    let weighed = addresses.enumerate().filter(|(index, _)| usable(*index));
+    let heaviest = weighed.max_by_key(|(_, address)| (weight(source, *address), *address));
+    heaviest.map(|(index, _)| index)
+}
+
+/// FNV-1a over both addresses, its bits spread by the end of MurmurHash3.
+fn weight(source: IpAddr, endpoint: SocketAddr) -> u64 {
+    let octets = |ip: IpAddr| match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    };
+    let port = endpoint.port().to_be_bytes();
+    let bytes = octets(source).into_iter().chain(octets(endpoint.ip())).chain(port);
+    let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    for factor in [0xff51_afd7_ed55_8ccd_u64, 0xc4ce_b9fe_1a85_ec53] {
+        hash = (hash ^ (hash >> 33)).wrapping_mul(factor);
+    }
+    hash ^ (hash >> 33)
 }
 
 /// A usable index, each with the same chance: a ring scan alone would give the one behind a gap a double share.
@@ -93,6 +124,30 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn sources_stay_where_they_are() {
+        let endpoints: Vec<SocketAddr> = (1..=5).map(|n| SocketAddr::from(([10, 1, 0, n], 80))).collect();
+        let sources: Vec<IpAddr> = (0..=255).map(|n| IpAddr::from([10, 2, 0, n])).collect();
+        let of = |source: IpAddr, gone: Option<usize>| {
+            sticky(source, endpoints.iter().copied(), |index| Some(index) != gone).unwrap()
+        };
+        let mut counts = [0_u32; 5];
+        for source in &sources {
+            let at = of(*source, None);
+            counts[at] += 1;
+            for gone in 0..endpoints.len() {
+                let then = of(*source, Some(gone));
+                assert!(
+                    if gone == at { then != at } else { then == at },
+                    "{source} with {gone} gone"
+                );
+            }
+        }
+        // Evenly, as far as 256 sources can be: a fifth each, give or take half of it.
+        assert!(counts.iter().all(|count| (25..=77).contains(count)), "{counts:?}");
+        assert_eq!(sticky(sources[0], endpoints.iter().copied(), |_| false), None);
     }
 
     #[test]

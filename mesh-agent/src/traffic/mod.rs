@@ -18,7 +18,7 @@ pub mod limit;
 
 use std::{
     collections::{HashMap, HashSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -47,6 +47,9 @@ pub const BACKENDS_MAX: usize = 64 * 1024;
 pub const LIMITS_MAX: usize = 4 * 1024;
 /// Requests that may wait for a connection unless the policy says otherwise.
 pub const PENDING_MAX_DEFAULT: u32 = 1024;
+/// The most sources of a backend whose endpoint is remembered (session affinity): more than a node has pods. Further
+/// ones are bound by their hash alone.
+pub const BOUND_SOURCES_MAX: usize = 1024;
 /// Retries at once that the budget always allows, so that it works for a backend with little traffic.
 const RETRIES_MIN: u32 = 3;
 
@@ -123,6 +126,8 @@ struct BackendState {
     turn: AtomicU32,
     connections: Mutex<Connections>,
     endpoints: RwLock<HashMap<SocketAddr, Arc<EndpointState>>>,
+    /// Which endpoint a source is bound to, and since when it has not asked.
+    bound: Mutex<HashMap<IpAddr, (SocketAddr, Instant)>>,
 }
 
 /// The permits of `max_connections`. They follow the setting; when it shrinks, permits in use are owed until their
@@ -146,6 +151,9 @@ pub struct Admission {
     state: Arc<BackendState>,
     key: BackendKey,
     settings: Arc<TrafficSettings>,
+    /// The service's session affinity, and the source if it was told.
+    affinity: Option<Duration>,
+    source: Option<IpAddr>,
 }
 
 /// An endpoint, with one request counted to it.
@@ -221,6 +229,8 @@ impl Traffic {
             state,
             key: backend.key.clone(),
             settings: backend.traffic.clone(),
+            affinity: backend.service.session_affinity,
+            source: None,
         })
     }
 
@@ -348,12 +358,54 @@ impl BackendState {
         };
         self.endpoints.write().entry(address).or_insert_with(new).clone()
     }
+
+    /// The endpoint that a source is bound to, else one by the source's hash. The binding lasts while the endpoint is
+    /// there and the source asks at least once in `timeout`, as kube-proxy has it; while the endpoint cannot be used
+    /// another serves, and the binding stays.
+    fn bound(
+        &self,
+        source: IpAddr,
+        timeout: Duration,
+        endpoints: &[Endpoint],
+        now: Instant,
+        usable: impl Fn(usize) -> bool,
+    ) -> Option<usize> {
+        let mut bound = self.bound.lock();
+        let fresh = |since: Instant| now.saturating_duration_since(since) < timeout;
+        if let Some((address, since)) = bound.get_mut(&source)
+            && fresh(*since)
+            && let Some(index) = endpoints.iter().position(|endpoint| endpoint.address == *address)
+        {
+            *since = now;
+            if usable(index) {
+                return Some(index);
+            }
+            let addresses = endpoints.iter().map(|endpoint| endpoint.address);
+            return balance::sticky(source, addresses, usable);
+        }
+        let addresses = endpoints.iter().map(|endpoint| endpoint.address);
+        let index = balance::sticky(source, addresses, usable)?;
+        if bound.len() >= BOUND_SOURCES_MAX && !bound.contains_key(&source) {
+            bound.retain(|_, (_, since)| fresh(*since));
+        }
+        if bound.len() < BOUND_SOURCES_MAX || bound.contains_key(&source) {
+            bound.insert(source, (endpoints.get(index)?.address, now));
+        }
+        Some(index)
+    }
 }
 
 impl Admission {
     /// The backend.
     pub fn backend(&self) -> &BackendKey {
         &self.key
+    }
+
+    /// The same for a source of that address: where the service has session affinity it is bound to an endpoint.
+    #[must_use]
+    pub fn of_source(mut self, source: IpAddr) -> Admission {
+        self.source = Some(source.to_canonical());
+        self
     }
 
     /// The settings that the request is sent by.
@@ -382,11 +434,15 @@ impl Admission {
             untried(index)
                 && breaker.is_none_or(|breaker| state(index).is_some_and(|s| s.breaker.lock().allows(breaker, now)))
         };
+        let affinity = self.affinity.zip(self.source);
         let load = |index: usize| state(index).map_or(u32::MAX, |state| state.active.load(Ordering::Relaxed));
         // Another worker may take the last probe between the look and the grip: then look again, at most once for each.
         for _ in 0..=endpoints.len() {
             let random = rand::random::<u64>();
-            let chosen = balance::choose(self.settings.balancer, endpoints.len(), turn, random, usable, load);
+            let chosen = match affinity {
+                Some((timeout, source)) => self.state.bound(source, timeout, endpoints, now, usable),
+                None => balance::choose(self.settings.balancer, endpoints.len(), turn, random, usable, load),
+            };
             let Some(endpoint) = chosen.and_then(|index| endpoints.get(index)) else {
                 break;
             };

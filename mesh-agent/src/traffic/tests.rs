@@ -164,6 +164,83 @@ fn turns_skip_what_was_tried() {
 }
 
 #[test]
+fn a_source_stays_with_its_endpoint() {
+    const TIMEOUT: Duration = Duration::from_secs(60);
+    let with = |numbers: &[u8]| {
+        let mut backend = backend(0, breaker());
+        let mut service = Service::clone(&backend.service);
+        service.session_affinity = Some(TIMEOUT);
+        backend.service = Arc::new(service);
+        backend.endpoints_v4 = numbers.iter().copied().map(endpoint).collect();
+        backend
+    };
+    let traffic = Traffic::new();
+    let start = Instant::now();
+    let ask = |backend: &Backend, source: [u8; 4], tried: &[SocketAddr], now: Instant| {
+        let admission = traffic.admit(backend).unwrap().of_source(source.into());
+        admission
+            .pick(&backend.endpoints_v4, tried, now)
+            .unwrap()
+            .endpoint
+            .address
+    };
+    let sources: Vec<[u8; 4]> = (1..=40).map(|n| [10, 9, 0, n]).collect();
+    let few = with(&[1, 2]);
+    let first: Vec<SocketAddr> = sources.iter().map(|source| ask(&few, *source, &[], start)).collect();
+    assert!(first.contains(&last(1)) && first.contains(&last(2)));
+    // New endpoints take nobody away, for as long as the source asks in time.
+    let more = with(&[1, 2, 3, 4, 5, 6]);
+    let mut now = start;
+    for _ in 0..3 {
+        now += TIMEOUT - Duration::from_secs(1);
+        let again: Vec<SocketAddr> = sources.iter().map(|source| ask(&more, *source, &[], now)).collect();
+        assert_eq!(again, first);
+    }
+    // Where its endpoint was tried another serves, and the binding stays.
+    for (source, bound) in sources.iter().zip(&first) {
+        assert_ne!(ask(&more, *source, &[*bound], now), *bound);
+        assert_eq!(ask(&more, *source, &[], now), *bound);
+    }
+    // Who was silent for too long is bound anew, by its hash: as on an agent that has just started.
+    now += TIMEOUT;
+    let anew: Vec<SocketAddr> = sources.iter().map(|source| ask(&more, *source, &[], now)).collect();
+    let fresh = Traffic::new();
+    let by_hash = |source: &[u8; 4]| {
+        let admission = fresh.admit(&more).unwrap().of_source((*source).into());
+        admission.pick(&more.endpoints_v4, &[], now).unwrap().endpoint.address
+    };
+    assert_eq!(anew, sources.iter().map(by_hash).collect::<Vec<_>>());
+    assert_ne!(anew, first);
+    // An endpoint that is gone binds nobody.
+    let fewer = with(&[5]);
+    assert!(sources.iter().all(|source| ask(&fewer, *source, &[], now) == last(5)));
+}
+
+#[test]
+fn only_so_many_sources_are_remembered() {
+    let traffic = Traffic::new();
+    let mut backend = backend(3, breaker());
+    let mut service = Service::clone(&backend.service);
+    service.session_affinity = Some(Duration::from_secs(60));
+    backend.service = Arc::new(service);
+    let now = Instant::now();
+    for number in 0..2 * super::BOUND_SOURCES_MAX as u32 {
+        let admission = traffic.admit(&backend).unwrap().of_source(number.to_be_bytes().into());
+        admission.pick(&backend.endpoints_v4, &[], now).unwrap();
+    }
+    assert_eq!(
+        traffic.backend(&backend.key).unwrap().bound.lock().len(),
+        super::BOUND_SOURCES_MAX
+    );
+    // Those who are silent make room.
+    let admission = traffic.admit(&backend).unwrap().of_source([9, 9, 9, 9].into());
+    admission
+        .pick(&backend.endpoints_v4, &[], now + Duration::from_secs(60))
+        .unwrap();
+    assert_eq!(traffic.backend(&backend.key).unwrap().bound.lock().len(), 1);
+}
+
+#[test]
 fn an_open_breaker_closes_one_endpoint_and_not_the_service() {
     let traffic = Traffic::new();
     let backend = backend(
