@@ -323,9 +323,8 @@ fn controller_progress(deployment: &Deployment) -> Progress {
     let (updated, ready) = (status.updated_replicas.unwrap_or(0), status.ready_replicas.unwrap_or(0));
     let old = status.replicas.unwrap_or(0) - updated;
     Progress {
-        // The replica that waits is not ready: one is enough.
-        done: seen && updated >= wanted && old == 0 && ready > 0,
-        text: format!("controller: {updated} of {wanted} updated, {ready} leads"),
+        done: seen && updated >= wanted && old == 0 && ready >= wanted,
+        text: format!("controllers: {updated} of {wanted} updated, {ready} ready"),
     }
 }
 
@@ -432,19 +431,19 @@ mod tests {
     }
 
     #[test]
-    fn a_controller_is_done_when_one_leads_and_none_is_old() {
+    fn a_controller_is_done_when_all_are_ready_and_none_is_old() {
         let case = |status: serde_json::Value| {
             let value = json!({"metadata": {"generation": 2}, "spec": {"replicas": 2, "selector": {}, "template": {}}, "status": status});
             controller_progress(&serde_json::from_value(value).unwrap()).done
         };
         assert!(case(
-            json!({"observedGeneration": 2, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 1})
+            json!({"observedGeneration": 2, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 2})
         ));
         assert!(!case(
-            json!({"observedGeneration": 1, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 1})
+            json!({"observedGeneration": 1, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 2})
         ));
         assert!(!case(
-            json!({"observedGeneration": 2, "replicas": 3, "updatedReplicas": 2, "readyReplicas": 1})
+            json!({"observedGeneration": 2, "replicas": 3, "updatedReplicas": 2, "readyReplicas": 2})
         ));
         assert!(!case(
             json!({"observedGeneration": 2, "replicas": 2, "updatedReplicas": 2})

@@ -52,7 +52,7 @@ fn judge_controller(deployment: &Deployment, lease: Option<&Lease>, now: SystemT
     let check = "controller";
     let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
     let status = deployment.status.clone().unwrap_or_default();
-    let running = status.replicas.unwrap_or(0);
+    let running = status.ready_replicas.unwrap_or(0);
     let spec = lease.and_then(|lease| lease.spec.as_ref());
     let holder = spec.and_then(|spec| spec.holder_identity.clone()).unwrap_or_default();
     let renewed = spec
@@ -62,17 +62,17 @@ fn judge_controller(deployment: &Deployment, lease: Option<&Lease>, now: SystemT
     if holder.is_empty() || now.saturating_sub(renewed) > LEASE_STALE.as_secs() as i64 {
         return Finding::fail(check, "none leads", "a Lease nodemesh-controller that is renewed");
     }
-    if status.ready_replicas.unwrap_or(0) < 1 {
+    if running < 1 {
         return Finding::fail(check, format!("{holder} leads and is not ready"), "a ready leader");
     }
     if running < 2 {
-        let text = format!("{holder} leads, nobody waits ({running} of {wanted} run)");
+        let text = format!("{holder} leads, nobody waits ({running} of {wanted} are ready)");
         return Finding::warn(check, text, "2 replicas");
     }
     if running < wanted {
         return Finding::warn(
             check,
-            format!("{running} of {wanted} replicas run"),
+            format!("{running} of {wanted} replicas are ready"),
             format!("{wanted}"),
         );
     }
@@ -389,9 +389,9 @@ mod tests {
         .unwrap();
         let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(1_767_225_600 + seconds);
         let level = |replicas, ready, lease, now| judge_controller(&deployment(replicas, ready), lease, now).level;
-        assert_eq!(level(2, 1, Some(&lease), at(1)), Level::Ok);
-        assert_eq!(level(2, 1, Some(&lease), at(60)), Level::Fail);
-        assert_eq!(level(2, 1, None, at(1)), Level::Fail);
+        assert_eq!(level(2, 2, Some(&lease), at(1)), Level::Ok);
+        assert_eq!(level(2, 2, Some(&lease), at(60)), Level::Fail);
+        assert_eq!(level(2, 2, None, at(1)), Level::Fail);
         assert_eq!(level(2, 0, Some(&lease), at(1)), Level::Fail);
         assert_eq!(level(1, 1, Some(&lease), at(1)), Level::Warn);
     }

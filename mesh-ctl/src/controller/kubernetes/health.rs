@@ -1,9 +1,17 @@
 //! Health and metrics of a replica, over plain HTTP: `/livez`, `/readyz`, `/metrics`.
 //!
-//! Ready means that this replica leads and serves: the Service leads agents to ready replicas only. Alive means that its
-//! tasks answer. Nothing secret is said here, and nothing can be changed.
+//! Ready means that this replica leads and serves, or that it has compiled everything and waits for the lead (where the
+//! leader itself says which replica agents are led to; else only the leader is ready). Alive means that its tasks answer. Nothing secret is said here, and nothing can be changed.
 
-use std::{convert::Infallible, fmt::Write, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    fmt::Write,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use http_body_util::Full;
 use hyper::{Request, Response, StatusCode, body::Bytes, body::Incoming, service::service_fn};
@@ -42,6 +50,7 @@ pub struct Metrics {
     registry: Registry,
     leader: Gauge,
     ready: Gauge,
+    waiting: AtomicBool,
     revision: Gauge,
     documents: Family<ByKind, Gauge>,
     agents: Gauge,
@@ -66,6 +75,7 @@ impl Metrics {
             registry: Registry::default(),
             leader: Gauge::default(),
             ready: Gauge::default(),
+            waiting: AtomicBool::new(false),
             revision: Gauge::default(),
             documents: Family::default(),
             agents: Gauge::default(),
@@ -116,6 +126,11 @@ impl Metrics {
     /// Whether this replica serves agents.
     pub fn serves(&self, serves: bool) {
         self.ready.set(serves.into());
+    }
+
+    /// Whether this replica is well while another one leads.
+    pub fn waits(&self, waits: bool) {
+        self.waiting.store(waits, Ordering::Relaxed);
     }
 
     /// A watch was interrupted.
@@ -191,6 +206,7 @@ impl Metrics {
                 plain,
                 "leading, not serving yet\n".into(),
             ),
+            "/readyz" if self.waiting.load(Ordering::Relaxed) => (StatusCode::OK, plain, "ok: waiting\n".into()),
             "/readyz" => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 plain,
@@ -253,7 +269,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_replica_that_leads_and_serves_is_ready() {
+    fn a_replica_that_serves_or_waits_is_ready() {
         let metrics = Metrics::new();
         let ready = || metrics.answer("/readyz").0;
         assert_eq!(ready(), StatusCode::SERVICE_UNAVAILABLE);
@@ -261,6 +277,11 @@ mod tests {
         assert_eq!(ready(), StatusCode::SERVICE_UNAVAILABLE);
         metrics.serves(true);
         assert_eq!(ready(), StatusCode::OK);
+        metrics.serves(false);
+        metrics.waits(true);
+        assert_eq!(ready(), StatusCode::SERVICE_UNAVAILABLE, "it leads and does not serve");
+        metrics.leads(false);
+        assert_eq!(ready(), StatusCode::OK, "it waits");
         assert_eq!(metrics.answer("/livez").0, StatusCode::OK);
         assert_eq!(metrics.answer("/secrets").0, StatusCode::NOT_FOUND);
     }

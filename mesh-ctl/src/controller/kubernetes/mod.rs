@@ -5,6 +5,7 @@
 //! Secret, the trust bundle's ConfigMap. A replica that cannot renew the Lease serves nobody.
 
 mod cluster;
+mod endpoint;
 mod events;
 mod health;
 mod join;
@@ -15,7 +16,7 @@ mod trust;
 mod watch;
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -62,11 +63,15 @@ pub struct ClusterConfig {
     /// The replica's name in the Lease; the host's name unless told otherwise.
     #[arg(long, value_name = "NAME", env = "POD_NAME")]
     pub pod_name: Option<String>,
+    /// The replica's address: while it leads, the Service's EndpointSlice has it, and readiness means that the replica
+    /// serves or waits well. Without it only the leader is ready.
+    #[arg(long, value_name = "ADDR", env = "POD_IP")]
+    pub pod_ip: Option<IpAddr>,
     /// The operator's port while this replica leads. It trusts whoever reaches it: keep it on loopback, where only a
     /// port-forward does.
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15011")]
     pub operator_listen: SocketAddr,
-    /// `/livez`, `/readyz` (this replica leads and serves) and `/metrics`.
+    /// `/livez`, `/readyz` (this replica leads and serves, or waits: see --pod-ip) and `/metrics`.
     #[arg(long, value_name = "ADDR:PORT", default_value = "[::]:15012")]
     pub health_listen: SocketAddr,
     /// Another replica takes the lead when the Lease was not renewed for this long; it is renewed three times as often.
@@ -127,6 +132,7 @@ pub async fn run(config: ControllerConfig, mut kube: kube::Config, trust_domain:
     let leave = CancellationToken::new();
     let campaign = tokio::spawn({
         let (client, leave, cluster) = (client.clone(), leave.clone(), cluster.clone());
+        let (metrics, waits) = (metrics.clone(), config.cluster.pod_ip.is_some());
         async move {
             // Whoever cannot serve yet does not lead: the other replica may be ready.
             let mut synced = cluster.synced();
@@ -134,6 +140,7 @@ pub async fn run(config: ControllerConfig, mut kube: kube::Config, trust_domain:
                 seen = synced.wait_for(|synced| *synced) => if seen.is_err() { return },
                 () = leave.cancelled() => return,
             }
+            metrics.waits(waits);
             leader::campaign(client, &namespace, &identity, times, lead, leave).await;
         }
     });
@@ -169,6 +176,7 @@ pub async fn run(config: ControllerConfig, mut kube: kube::Config, trust_domain:
         }
     };
     tracing::info!(signal, "stopping");
+    leader.metrics.waits(false);
     leader.metrics.serves(false);
     if let Some((end, task)) = term.take() {
         end.cancel();
@@ -280,6 +288,12 @@ impl Leader {
             known,
             metrics,
         )));
+        if let (Some(address), Some(bound)) = (self.config.cluster.pod_ip, addresses.0) {
+            let namespace = self.config.cluster.system_namespace.clone();
+            let pod = identity(&self.config.cluster);
+            let keep = endpoint::keep(self.client.clone(), namespace, pod, address, bound.port());
+            during(Box::pin(keep));
+        }
         self.metrics.serves(true);
         let summary = self.cluster.summary();
         let (revision, documents) = (summary.revision, summary.documents);
