@@ -99,12 +99,12 @@ fn the_frame_of_a_document_is_checked() {
         (
             "apiVersion: apps/v1\nkind: Deployment\n",
             &[
-                "file.yaml:2: kind: \"Deployment\" is no kind that the mesh reads, expected Namespace, Node, ServiceAccount, Pod, Service, ServiceSubset, HTTPRoute, MeshPolicy, TrafficPolicy, RateLimit or AccessPolicy",
+                "file.yaml:2: kind: \"Deployment\" is no kind that the mesh reads, expected Namespace, Node, ServiceAccount, Pod, Service, EndpointSlice, ServiceSubset, ReferenceGrant, HTTPRoute, GRPCRoute, TCPRoute, TLSRoute, MeshPolicy, TrafficPolicy, RateLimit or AccessPolicy",
             ],
         ),
         (
-            "apiVersion: gateway.networking.k8s.io/v1\nkind: GRPCRoute\n",
-            &["file.yaml:2: kind: GRPCRoute is not supported yet, expected another kind"],
+            "apiVersion: nodemesh.io/v1alpha1\nkind: Fault\n",
+            &["file.yaml:2: kind: Fault is not supported yet, expected another kind"],
         ),
         (
             "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, namespace: b}\n",

@@ -144,7 +144,12 @@ pub async fn run(args: ExplainArgs, world: &World) -> Result<(), Failure> {
             .ok_or_else(|| Failure::Usage(format!("{header:?}: expected NAME: VALUE")))?;
         Ok::<_, Failure>(request.map(|request| request.with_header(name.trim(), value.trim())))
     })?;
-    let view = View::compile(domain, revision, &resources);
+    // Which endpoints there are may hang on where the source runs.
+    let source = resources.iter().find_map(|resource| match resource {
+        Resource::Workload(workload) if workload.name == from => Some(&*workload.node),
+        _ => None,
+    });
+    let view = View::compile_on(source.unwrap_or_default(), domain, revision, &resources);
     let explanation = explain(&view, &from, SocketAddr::new(address, port), request.as_ref());
     if args.output != Format::Table {
         return print_value(&explanation, args.output);

@@ -446,3 +446,85 @@ fn services_of_every_type() {
         assert_eq!(found, expected, "{name}");
     }
 }
+
+/// Any JSON, and objects with any JSON in the place of some field.
+mod anything {
+    use mesh_api::document::{Document, from_json};
+    use proptest::{collection, prelude::*, sample};
+
+    use super::*;
+
+    fn json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            "[ -~é]{0,12}".prop_map(Value::from),
+            sample::select(vec!["10.0.0.1", "None", "ClientIP", "Pod", "Service", "enabled", "::1"])
+                .prop_map(Value::from),
+        ];
+        let name = prop_oneof![
+            "[a-z]{1,6}",
+            sample::select(vec!["name", "kind", "port", "addresses", "parentRefs", "targetRefs"])
+                .prop_map(str::to_owned)
+        ];
+        leaf.prop_recursive(3, 24, 4, move |inner| {
+            prop_oneof![
+                collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                collection::btree_map(name.clone(), inner, 0..4).prop_map(|map| map.into_iter().collect()),
+            ]
+        })
+    }
+
+    /// Every place in the object, as JSON pointers.
+    fn places(value: &Value, at: &str, found: &mut Vec<String>) {
+        found.push(at.to_owned());
+        match value {
+            Value::Array(items) => {
+                for (index, item) in items.iter().enumerate() {
+                    places(item, &format!("{at}/{index}"), found);
+                }
+            }
+            Value::Object(map) => {
+                for (key, item) in map {
+                    let key = key.replace('~', "~0").replace('/', "~1");
+                    places(item, &format!("{at}/{key}"), found);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        /// Nothing panics; what is read prints and reads back; what guards is never lost.
+        #[test]
+        fn no_object_is_too_strange(which in any::<sample::Index>(), place in any::<sample::Index>(), value in json()) {
+            let all: Vec<Value> = objects(POD).into_iter().chain(objects(OTHERS)).collect();
+            let mut object = which.get(&all).clone();
+            let kind = crate::world::kind_of(&object);
+            let mut found = Vec::new();
+            places(&object, "", &mut found);
+            let place = place.get(&found);
+            *object.pointer_mut(place).unwrap() = value;
+            let read = read_object(kind, &object, None);
+            if kind.is_policy() && place.starts_with("/spec") {
+                prop_assert!(read.is_ok(), "a policy is there, whatever its spec says");
+            }
+            let Ok(document) = read else { return Ok(()) };
+            let set: DocumentSet = [document.clone()].into_iter().collect();
+            set.validate();
+            mesh_api::status::statuses(&set);
+            let resources = set.resources(&crate::world::domain());
+            mesh_api::view::View::compile(crate::world::domain(), mesh_api::workload::Revision(1), &resources);
+            if !matches!(document, Document::Unreadable(_)) {
+                let again = from_json("again", &document.to_json());
+                prop_assert_eq!(again.ok(), Some(document));
+            } else if kind.is_guard() {
+                prop_assert_eq!(resources.len(), 1, "a guard that cannot be read is told to agents");
+            }
+        }
+    }
+}
