@@ -33,7 +33,7 @@ use crate::{
     drain::{self, Drain},
     event::{AccessLog, Event, Events, EventsConfig, Samples},
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
-    kernel::{self, Kernel, KernelConfig, node_addresses},
+    kernel::{self, Kernel, KernelConfig, memory::Memory, node_addresses},
     net::SystemClock,
     pods::{CaptureTimes, Discovery, GateConfig, Leave, PodStatus, Pods, Sandboxes, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
@@ -51,6 +51,8 @@ const KEEPER_LOOK: Duration = Duration::from_secs(1);
 const KEEPER_START: Duration = Duration::from_secs(5);
 /// How often series of gone peers are looked for, and the report to the controller is refreshed.
 const HOUSEKEEPING: Duration = Duration::from_secs(30);
+/// How often memory is looked after: a burst's leavings go soon, and the start's when it is over.
+const MEMORY_LOOK: Duration = Duration::from_secs(10);
 
 /// Runs the agent until it is asked to end.
 pub fn run(config: AgentConfig) -> Result<()> {
@@ -348,6 +350,8 @@ impl Upkeep {
     async fn keep(&mut self) {
         let mut changes = self.view.subscribe();
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
+        let mut memory = Memory::default();
+        let mut burdens = tokio::time::interval(MEMORY_LOOK);
         let mut issued = self.credentials.subscribe();
         let mut strangers = tokio::time::interval(STRANGERS_LOOK);
         let mut looks = tokio::time::interval(KEEPER_LOOK);
@@ -397,6 +401,7 @@ impl Upkeep {
                         self.kept.store(false, Ordering::Relaxed);
                         break;
                     },
+                    _ = burdens.tick() => memory.tidy(),
                     _ = housekeeping.tick() => {
                         self.events.expire(tokio::time::Instant::now().into_std());
                         self.tell();

@@ -17,7 +17,7 @@ use mesh_api::workload::Workload;
 use super::{
     access_log::LogFormat,
     labels::{PartySet, Reporter},
-    record::{Closed, Details},
+    record::{Closed, Details, Text},
 };
 
 /// Pairs of parties whose text a thread keeps; two that meet in one place push each other out.
@@ -159,16 +159,16 @@ impl Fields<'_> {
             self.word(key!("nodemesh.refusal"), refusal.name());
             self.number(key!("nodemesh.refusal_code"), refusal.code().into());
         }
-        self.text(key!("error.message"), &details.error);
+        self.text(key!("error.message"), details.text(Text::Error));
         self.millis(key!("nodemesh.duration_ms"), closed.duration);
 
         let (name, version) = common.protocol.network();
         self.word(key!("network.protocol.name"), name);
         self.word(key!("network.protocol.version"), version);
         if let Some(request) = &closed.request {
-            self.text(key!("http.request.method"), &details.method);
-            self.text(key!("url.path"), &details.path);
-            self.text(key!("server.address"), &details.authority);
+            self.text(key!("http.request.method"), details.text(Text::Method));
+            self.text(key!("url.path"), details.text(Text::Path));
+            self.text(key!("server.address"), details.text(Text::Authority));
             self.number(key!("http.response.status_code"), request.status.into());
             if let Some(status) = request.grpc_status {
                 self.number(key!("rpc.grpc.status_code"), status.into());
@@ -209,8 +209,8 @@ impl Fields<'_> {
         if let Some(revision) = common.revision {
             self.number(key!("nodemesh.revision"), revision.0);
         }
-        self.text(key!("trace_id"), &details.trace_id);
-        self.text(key!("http.request.header.x-request-id"), &details.request_id);
+        self.text(key!("trace_id"), details.text(Text::TraceId));
+        self.text(key!("http.request.header.x-request-id"), details.text(Text::RequestId));
         if details.connection != 0 {
             self.number(key!("nodemesh.connection_id"), details.connection);
         }

@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use foldhash::fast::RandomState;
 use mesh_api::workload::{Service, Workload};
 use parking_lot::RwLock;
 use prometheus_client::{
@@ -185,7 +186,7 @@ pub struct Table {
     compat: Compat,
     series_max: usize,
     idle: Duration,
-    sets: RwLock<HashMap<Parties, Arc<PartySet>>>,
+    sets: RwLock<HashMap<Parties, Arc<PartySet>, RandomState>>,
     other: [Arc<PartySet>; 2],
     series: AtomicUsize,
     overflows: AtomicU64,
@@ -204,7 +205,7 @@ type Pins = (Option<Weak<Workload>>, Option<Weak<Workload>>, Option<Weak<Service
 type ShortcutKey = (u64, Reporter, ConnectionSecurity, usize, usize, usize);
 
 thread_local! {
-    static SHORTCUTS: RefCell<HashMap<ShortcutKey, Shortcut>> = RefCell::default();
+    static SHORTCUTS: RefCell<HashMap<ShortcutKey, Shortcut, RandomState>> = RefCell::default();
 }
 
 impl Table {

@@ -35,13 +35,53 @@ pub(super) struct Details {
     pub(super) endpoint: Option<SocketAddr>,
     pub(super) source_workload: Option<Arc<Workload>>,
     pub(super) destination_workload: Option<Arc<Workload>>,
-    pub(super) method: String,
-    pub(super) path: String,
-    pub(super) authority: String,
-    pub(super) request_id: String,
-    pub(super) trace_id: String,
     pub(super) head_after: Option<Duration>,
-    pub(super) error: String,
+    /// All texts in one piece of memory, and where each of them lies.
+    texts: String,
+    places: [(u32, u32); Text::COUNT],
+}
+
+/// The texts of [`Details`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Text {
+    Method,
+    Path,
+    Authority,
+    RequestId,
+    TraceId,
+    Error,
+}
+
+impl Text {
+    const COUNT: usize = 6;
+}
+
+/// What the texts of a usual request take together.
+const TEXTS_BYTES: usize = 192;
+
+impl Details {
+    /// The text, empty if it was not told.
+    pub(super) fn text(&self, which: Text) -> &str {
+        let place = self.places.get(which as usize).copied().unwrap_or_default();
+        self.texts.get(place.0 as usize..place.1 as usize).unwrap_or_default()
+    }
+
+    /// Keeps a text, cut to what a line shows. One that is told again takes the place of the first.
+    fn set_text(&mut self, which: Text, text: &str) {
+        let text = text.get(..text.floor_char_boundary(TEXT_BYTES_MAX)).unwrap_or_default();
+        if self.texts.capacity() == 0 && !text.is_empty() {
+            self.texts.reserve(TEXTS_BYTES);
+        }
+        let from = self.texts.len();
+        self.texts.push_str(text);
+        if let (Some(place), Ok(from), Ok(to)) = (
+            self.places.get_mut(which as usize),
+            u32::try_from(from),
+            u32::try_from(self.texts.len()),
+        ) {
+            *place = (from, to);
+        }
+    }
 }
 
 /// What both kinds of record hold.
@@ -95,12 +135,6 @@ pub struct RequestRecord {
     sent: u64,
     received: u64,
     attempts: u32,
-}
-
-fn cut(text: &str) -> String {
-    text.get(..text.floor_char_boundary(TEXT_BYTES_MAX))
-        .unwrap_or_default()
-        .to_owned()
 }
 
 impl Common {
@@ -192,7 +226,7 @@ macro_rules! shared_setters {
         /// What the system or the peer said about a failure.
         pub fn set_error(&mut self, error: &dyn std::fmt::Display) {
             if let Some(details) = &mut self.common.details {
-                details.error = cut(&error.to_string());
+                details.set_text(Text::Error, &error.to_string());
             }
         }
 
@@ -341,17 +375,17 @@ impl RequestRecord {
     /// What the line shows of the head.
     pub fn set_head(&mut self, request: &dyn Request) {
         if let Some(details) = &mut self.common.details {
-            details.method = cut(request.method());
-            details.path = cut(request.path());
-            details.authority = cut(request.authority().unwrap_or_default());
+            details.set_text(Text::Method, request.method());
+            details.set_text(Text::Path, request.path());
+            details.set_text(Text::Authority, request.authority().unwrap_or_default());
         }
     }
 
     /// The ids that join this line with others.
     pub fn set_trace(&mut self, request_id: &str, trace_id: &str) {
         if let Some(details) = &mut self.common.details {
-            details.request_id = cut(request_id);
-            details.trace_id = cut(trace_id);
+            details.set_text(Text::RequestId, request_id);
+            details.set_text(Text::TraceId, trace_id);
         }
     }
 

@@ -24,6 +24,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use foldhash::fast::RandomState;
 use mesh_api::identity::{SpiffeId, TrustDomain};
 use rustls::{
     ClientConfig, ServerConfig,
@@ -293,7 +294,7 @@ fn server_config(
     Ok(Arc::new(config))
 }
 
-type Credentials = HashMap<SpiffeId, Arc<Credential>>;
+type Credentials = HashMap<SpiffeId, Arc<Credential>, RandomState>;
 
 /// The credentials of this node's identities: written by the control thread, read by all with one pointer load.
 pub struct CredentialStore {

@@ -12,6 +12,7 @@ mod links;
 mod load;
 pub mod log;
 mod maps;
+pub mod memory;
 mod sys;
 
 use std::{

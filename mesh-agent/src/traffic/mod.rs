@@ -26,6 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use foldhash::fast::RandomState;
 use mesh_api::{
     backend::{Backend, BackendKey},
     request::Request,
@@ -113,7 +114,8 @@ pub struct EndpointStatus {
 /// The traffic state of the process.
 #[derive(Debug)]
 pub struct Traffic {
-    backends: RwLock<HashMap<BackendKey, Arc<BackendState>>>,
+    // Keys of these two come from the view: the hash need not be a keyed one.
+    backends: RwLock<HashMap<BackendKey, Arc<BackendState>, RandomState>>,
     limits: RwLock<HashMap<RuleId, Arc<Buckets>>>,
     origin: Instant,
 }
@@ -125,7 +127,7 @@ struct BackendState {
     retries: AtomicU32,
     turn: AtomicU32,
     connections: Mutex<Connections>,
-    endpoints: RwLock<HashMap<SocketAddr, Arc<EndpointState>>>,
+    endpoints: RwLock<HashMap<SocketAddr, Arc<EndpointState>, RandomState>>,
     /// Which endpoint a source is bound to, and since when it has not asked.
     bound: Mutex<HashMap<IpAddr, (SocketAddr, Instant)>>,
 }

@@ -14,6 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use foldhash::fast::RandomState;
 use h2::client::SendRequest;
 use tokio::sync::Notify;
 
@@ -116,7 +117,7 @@ struct Lane {
 /// A worker's HTTP/2 connections.
 #[derive(Default)]
 pub(super) struct Shared {
-    lanes: HashMap<TunnelKey, Lane>,
+    lanes: HashMap<TunnelKey, Lane, RandomState>,
 }
 
 enum Take {

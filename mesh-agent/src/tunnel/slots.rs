@@ -10,6 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use foldhash::fast::RandomState;
+
 /// Bounds of a pool. Each is reached sooner or later; what then happens is said at each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
@@ -76,7 +78,8 @@ impl Gauge {
 /// The book.
 pub struct Slots<K, T, E> {
     bounds: Bounds,
-    lanes: HashMap<K, Lane<T, E>>,
+    // Keys are the view's own names: nobody outside chooses them, so the hash need not be a keyed one.
+    lanes: HashMap<K, Lane<T, E>, RandomState>,
     gauge: Gauge,
     draining: bool,
 }
@@ -86,7 +89,7 @@ impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
     pub fn new(bounds: Bounds) -> Slots<K, T, E> {
         Slots {
             bounds,
-            lanes: HashMap::new(),
+            lanes: HashMap::default(),
             gauge: Gauge::default(),
             draining: false,
         }
