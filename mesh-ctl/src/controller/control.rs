@@ -90,7 +90,9 @@ impl ControlService {
     async fn sign_one(&self, node: &str, request: &SigningRequest) -> Result<Issued, String> {
         let identity: SpiffeId = request.identity.parse().map_err(|e| format!("not an identity: {e}"))?;
         if !self.source.current().runs(node, &identity) {
-            return Err(format!("node {node} runs no workload with the identity {identity}"));
+            return Err(format!(
+                "node {node} runs no workload of the mesh with the identity {identity}"
+            ));
         }
         let request = ca::SigningRequest::new(&request.csr_der, identity, self.svid_ttl).map_err(|e| e.to_string())?;
         let issued = self.authority.sign(&request, SystemTime::now()).await;

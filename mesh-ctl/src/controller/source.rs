@@ -30,7 +30,7 @@ pub struct Compiled {
     pub revision: Revision,
     /// Its resources. Those that did not change are shared with the revision before.
     pub resources: Arc<BTreeMap<ResourceKey, Arc<Resource>>>,
-    /// Which identities each node runs.
+    /// Which identities of the mesh each node runs.
     identities: Arc<BTreeMap<Arc<str>, BTreeSet<SpiffeId>>>,
 }
 
@@ -169,7 +169,10 @@ impl Compiled {
         let mut resources = BTreeMap::new();
         let mut identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>> = BTreeMap::new();
         for resource in set.resources(domain) {
-            if let Resource::Workload(workload) = &resource {
+            // Who is outside of the mesh needs no certificate, so nobody gets one in its name.
+            if let Resource::Workload(workload) = &resource
+                && workload.enrolled
+            {
                 let on_node = identities.entry(workload.node.clone()).or_default();
                 on_node.insert(workload.identity.clone());
             }
@@ -202,7 +205,7 @@ impl Compiled {
                 .all(|((key, new), (old_key, old))| key == old_key && Arc::ptr_eq(new, old))
     }
 
-    /// Whether a workload with that identity runs on that node.
+    /// Whether a workload of the mesh with that identity runs on that node.
     pub fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
         self.identities.get(node).is_some_and(|all| all.contains(identity))
     }

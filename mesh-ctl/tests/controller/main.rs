@@ -6,4 +6,5 @@ mod cluster;
 mod crash;
 mod fake_api;
 mod joining;
+mod skew;
 mod world;

@@ -210,14 +210,24 @@ pub fn chain_of(chain: mesh_api::wire::control::Chain) -> Vec<CertificateDer<'st
     chain.certificates_der.into_iter().map(CertificateDer::from).collect()
 }
 
-/// Connects to the agents' port, verifying the controller by its bundle.
-pub async fn connect(controller: &Controller, identity: Option<&Identity>) -> Result<ControlClient<Channel>, String> {
+fn roots(controller: &Controller) -> rustls::RootCertStore {
     let bundle = controller.ctl(&["bundle"]).good();
     let mut roots = rustls::RootCertStore::empty();
     for root in CertificateDer::pem_slice_iter(bundle.as_bytes()) {
         roots.add(root.unwrap()).unwrap();
     }
-    connect_with(controller.address(), roots, identity).await
+    roots
+}
+
+/// Connects to the agents' port, verifying the controller by its bundle.
+pub async fn connect(controller: &Controller, identity: Option<&Identity>) -> Result<ControlClient<Channel>, String> {
+    connect_with(controller.address(), roots(controller), identity).await
+}
+
+/// The connection alone, for messages of other releases.
+pub async fn connect_channel(controller: &Controller, identity: &Identity) -> Channel {
+    let channel = dial(controller.address(), roots(controller), Some(identity)).await;
+    channel.unwrap()
 }
 
 pub async fn connect_with(
@@ -225,6 +235,15 @@ pub async fn connect_with(
     roots: rustls::RootCertStore,
     identity: Option<&Identity>,
 ) -> Result<ControlClient<Channel>, String> {
+    let channel = dial(address, roots, identity).await?;
+    Ok(ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+async fn dial(
+    address: SocketAddr,
+    roots: rustls::RootCertStore,
+    identity: Option<&Identity>,
+) -> Result<Channel, String> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -239,7 +258,7 @@ pub async fn connect_with(
     };
     config.alpn_protocols = vec![b"h2".to_vec()];
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-    let dial = tower::service_fn(move |_: Uri| {
+    let connect = tower::service_fn(move |_: Uri| {
         let connector = connector.clone();
         async move {
             let tcp = TcpStream::connect(address).await?;
@@ -247,12 +266,11 @@ pub async fn connect_with(
             connector.connect(name, tcp).await.map(TokioIo::new)
         }
     });
-    let channel = Endpoint::from_static("http://controller")
+    Endpoint::from_static("http://controller")
         .timeout(PATIENCE)
-        .connect_with_connector(dial)
+        .connect_with_connector(connect)
         .await
-        .map_err(|e| format!("{e:?}"))?;
-    Ok(ControlClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        .map_err(|e| format!("{e:?}"))
 }
 
 /// Joins with a token.

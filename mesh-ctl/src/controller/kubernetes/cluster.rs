@@ -219,6 +219,11 @@ impl Writer<'_> {
                 state.keep_only(kind, &BTreeSet::new()) | self.waiting.remove(&kind)
             }
         };
+        if !state.synced {
+            self.cluster
+                .metrics
+                .unseen(self.waiting.iter().map(|kind| kind.as_str()));
+        }
         if self.waiting.is_empty() && !state.synced {
             state.synced = true;
             self.cluster.synced.send_replace(true);

@@ -1,7 +1,8 @@
 //! Health and metrics of a replica, over plain HTTP: `/livez`, `/readyz`, `/metrics`.
 //!
 //! Ready means that this replica leads and serves, or that it has compiled everything and waits for the lead (where the
-//! leader itself says which replica agents are led to; else only the leader is ready). Alive means that its tasks answer. Nothing secret is said here, and nothing can be changed.
+//! leader itself says which replica agents are led to; else only the leader is ready). Alive means that its tasks
+//! answer. Nothing secret is said here, and nothing can be changed.
 
 use std::{
     convert::Infallible,
@@ -20,6 +21,7 @@ use mesh_api::{
     document::{DocumentSet, Kind},
     workload::Revision,
 };
+use parking_lot::Mutex;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -48,6 +50,8 @@ struct ByResult {
 /// What a replica counts.
 pub struct Metrics {
     registry: Registry,
+    /// Kinds that were not seen whole yet.
+    unseen: Mutex<Vec<&'static str>>,
     leader: Gauge,
     ready: Gauge,
     waiting: AtomicBool,
@@ -73,6 +77,7 @@ impl Metrics {
         let mut registry = Registry::with_prefix("nodemesh_controller");
         let mut metrics = Metrics {
             registry: Registry::default(),
+            unseen: Mutex::new(vec!["everything"]),
             leader: Gauge::default(),
             ready: Gauge::default(),
             waiting: AtomicBool::new(false),
@@ -126,6 +131,11 @@ impl Metrics {
     /// Whether this replica serves agents.
     pub fn serves(&self, serves: bool) {
         self.ready.set(serves.into());
+    }
+
+    /// These kinds were not seen whole yet.
+    pub fn unseen(&self, kinds: impl Iterator<Item = &'static str>) {
+        *self.unseen.lock() = kinds.collect();
     }
 
     /// Whether this replica is well while another one leads.
@@ -207,11 +217,14 @@ impl Metrics {
                 "leading, not serving yet\n".into(),
             ),
             "/readyz" if self.waiting.load(Ordering::Relaxed) => (StatusCode::OK, plain, "ok: waiting\n".into()),
-            "/readyz" => (
-                StatusCode::SERVICE_UNAVAILABLE,
-                plain,
-                "waiting: another replica leads\n".into(),
-            ),
+            "/readyz" => {
+                let unseen = self.unseen.lock();
+                let why = match unseen.is_empty() {
+                    true => "another replica leads".to_owned(),
+                    false => format!("not seen yet: {}", unseen.join(", ")),
+                };
+                (StatusCode::SERVICE_UNAVAILABLE, plain, format!("waiting: {why}\n"))
+            }
             "/metrics" => {
                 let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
                 (StatusCode::OK, kind, self.text())

@@ -152,7 +152,7 @@ impl Election {
             }
         };
         if lease.holder == self.identity {
-            // Ours, be it from before a restart: two processes never run under one identity.
+            // Ours, but for how long we did not renew it: no other process has this name.
             return if self.leads(now) { Act::Renew } else { Act::Take };
         }
         self.renewed = None;
@@ -384,7 +384,7 @@ mod tests {
             (Some(lease("c", 3, 0)), 14, Act::Wait),
             // Given up.
             (Some(lease("", 4, 0)), 15, Act::Take),
-            // Ours from before a restart.
+            // Ours, from a write whose answer was lost.
             (Some(lease("b", 5, 0)), 16, Act::Take),
         ];
         for (seen, seconds, expected) in steps {

@@ -60,7 +60,7 @@ pub struct ClusterConfig {
         default_value = "nodemesh-system"
     )]
     pub system_namespace: String,
-    /// The replica's name in the Lease; the host's name unless told otherwise.
+    /// The pod's name, with which the replica's name in the Lease begins; the host's name unless told otherwise.
     #[arg(long, value_name = "NAME", env = "POD_NAME")]
     pub pod_name: Option<String>,
     /// The replica's address: while it leads, the Service's EndpointSlice has it, and readiness means that the replica
@@ -79,10 +79,16 @@ pub struct ClusterConfig {
     pub lease_duration: Duration,
 }
 
-fn identity(config: &ClusterConfig) -> String {
+fn pod_name(config: &ClusterConfig) -> String {
     let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = config.pod_name.clone().unwrap_or_else(host);
     name.trim().to_owned()
+}
+
+/// The pod's name and something that no other process has: two of one name must never both lead.
+fn identity(pod: &str) -> String {
+    let own: u32 = rand::random();
+    format!("{pod}_{own:08x}")
 }
 
 /// What a leader works with.
@@ -98,10 +104,11 @@ struct Leader {
 pub async fn run(config: ControllerConfig, mut kube: kube::Config, trust_domain: TrustDomain) -> anyhow::Result<()> {
     let stopped_by = terminated();
     tokio::pin!(stopped_by);
-    let identity = identity(&config.cluster);
-    if identity.is_empty() {
+    let pod = pod_name(&config.cluster);
+    if pod.is_empty() {
         bail!("--pod-name: expected the pod's name (POD_NAME)");
     }
+    let identity = identity(&pod);
     if config.cluster.lease_duration < Duration::from_secs(1) {
         bail!("--lease-duration: expected at least 1s");
     }
@@ -280,7 +287,7 @@ impl Leader {
             metrics,
         )));
         let (cluster, known, metrics) = common();
-        let instance = identity(&self.config.cluster);
+        let instance = pod_name(&self.config.cluster);
         during(Box::pin(events::run(
             self.client.clone(),
             instance,
@@ -290,7 +297,7 @@ impl Leader {
         )));
         if let (Some(address), Some(bound)) = (self.config.cluster.pod_ip, addresses.0) {
             let namespace = self.config.cluster.system_namespace.clone();
-            let pod = identity(&self.config.cluster);
+            let pod = pod_name(&self.config.cluster);
             let keep = endpoint::keep(self.client.clone(), namespace, pod, address, bound.port());
             during(Box::pin(keep));
         }
