@@ -411,7 +411,7 @@ fn services_of_every_type() {
     assert_eq!(one.ports[0].node_port, Some(30080));
 
     // The name of each case, what is changed in the spec, and (addresses, affinity seconds, selected by labels).
-    let cases: [(&str, Value, (usize, Option<u64>, bool)); 4] = [
+    let cases = [
         (
             "headless",
             json!({"clusterIP": "None", "selector": {"a": "b"}, "ports": [{"port": 80}]}),
