@@ -43,6 +43,10 @@ struct Doors {
 
 impl Replica {
     fn start(api: &FakeApi, name: &str) -> Replica {
+        Replica::start_with(api, name, &[])
+    }
+
+    fn start_with(api: &FakeApi, name: &str, more: &[&str]) -> Replica {
         let dir = tempfile::tempdir().unwrap();
         let mut child = program()
             .args([
@@ -61,6 +65,8 @@ impl Replica {
                 "--health-listen",
                 "127.0.0.1:0",
             ])
+            .args(more)
+            .env_remove("POD_IP")
             .env("KUBECONFIG", api.kubeconfig(dir.path()))
             .env_remove("POD_NAMESPACE")
             .stdin(Stdio::null())
@@ -954,4 +960,97 @@ async fn a_pod_that_cannot_be_captured_has_an_event() {
         "{event:#}"
     );
     assert_eq!(api.all("events.k8s.io/v1", "Event").len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_are_led_to_the_leader_and_the_replica_that_waits_is_well() {
+    let api = FakeApi::start().await;
+    shop(&api);
+    let leads_to = |api: &FakeApi| {
+        let slice = api.get(
+            "discovery.k8s.io/v1",
+            "EndpointSlice",
+            "nodemesh-system",
+            "nodemesh-controller",
+        )?;
+        Some(
+            slice["endpoints"][0]["addresses"][0]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
+        )
+    };
+    let mut one = Replica::start_with(&api, "one", &["--pod-ip", "10.9.0.1"]);
+    one.serves();
+    let is = |wanted: &'static str| move |api: &FakeApi| leads_to(api).filter(|address| address == wanted);
+    api.wait_for("the first leader's address", is("10.9.0.1")).await;
+    let mut two = Replica::start_with(&api, "two", &["--pod-ip", "10.9.0.2"]);
+    let health = two.health();
+    two.line("every kind has been seen");
+    let end = Instant::now() + PATIENCE;
+    while get(health, "/readyz").await.0 != 200 {
+        assert!(Instant::now() < end, "it does not get ready");
+    }
+    assert_eq!(
+        leads_to(&api).as_deref(),
+        Some("10.9.0.1"),
+        "it waits and does not lead"
+    );
+    one.kill();
+    two.serves();
+    api.wait_for("the second leader's address", is("10.9.0.2")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_server_that_says_nothing_costs_the_lead_too() {
+    let api = FakeApi::start().await;
+    shop(&api);
+    let mut replica = Replica::start(&api, "one");
+    let doors = replica.serves();
+    let (mut held, _) = agent(&api, doors, "node-1", 0).await;
+    held.take().await;
+    let began = Instant::now();
+    api.silent(true);
+    replica.line("the lead is lost");
+    // The Lease is for 2 s; another replica would begin then at the earliest.
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    api.silent(false);
+    assert!(replica.serves().revision > doors.revision);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_cluster_is_no_trouble() {
+    const PODS: usize = 2000;
+    let api = FakeApi::start().await;
+    shop(&api);
+    for n in 0..PODS {
+        let address = format!("10.{}.{}.{}", 100 + n / 62_500, n / 250 % 250, n % 250 + 1);
+        api.apply(pod(&format!("pod-{n}"), &format!("node-{}", n % 2 + 1), &address));
+        if n.is_multiple_of(10) {
+            api.apply(service(
+                &format!("pod-{n}"),
+                &format!("10.97.{}.{}", n / 2500, n / 10 % 250 + 1),
+            ));
+        }
+    }
+    let mut replica = Replica::start(&api, "one");
+    let doors = replica.serves();
+    let (mut agent, _) = agent(&api, doors, "node-1", 0).await;
+    let (_, resources) = snapshot_of(agent.take().await);
+    let workloads = resources.iter().filter(|r| matches!(r, Resource::Workload(_))).count();
+    assert!(workloads >= PODS + 2, "{workloads}");
+    let began = Instant::now();
+    for n in 0..20 {
+        api.apply(service(&format!("late-{n}"), &format!("10.98.0.{}", n + 1)));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    let mut revisions = 0;
+    while seen.len() < 20 {
+        let update = agent.take().await;
+        revisions += 1;
+        let (_, _, upserts, _) = crate::world::delta_of(&update);
+        seen.extend(upserts.into_iter().filter(|key| key.starts_with("Service shop/late-")));
+    }
+    println!("20 changes in {revisions} revisions, after {:?}", began.elapsed());
+    assert!(revisions <= 10, "changes that come together are joined: {revisions}");
 }

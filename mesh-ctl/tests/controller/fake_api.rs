@@ -39,6 +39,7 @@ struct State {
     /// How often a watch was told so.
     expired: usize,
     down: bool,
+    silent: bool,
     tokens: BTreeMap<String, Value>,
     /// Plurals whose next writes conflict.
     conflicts: BTreeMap<String, usize>,
@@ -394,6 +395,11 @@ impl FakeApi {
         self.cut();
     }
 
+    /// Takes requests and answers none until told otherwise; the connections stay.
+    pub fn silent(&self, silent: bool) {
+        self.change(|state| state.silent = silent);
+    }
+
     /// The next `count` writes of this kind conflict.
     pub fn conflict(&self, plural: &str, count: usize) {
         self.inner.state.lock().conflicts.insert(plural.to_owned(), count);
@@ -421,6 +427,8 @@ impl FakeApi {
         let Some(target) = target(uri.path()) else {
             return refuse(404, "NotFound");
         };
+        let kind = request.headers().get(hyper::header::CONTENT_TYPE);
+        let apply = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/apply-patch"));
         let body = request
             .into_body()
             .collect()
@@ -428,8 +436,11 @@ impl FakeApi {
             .map(|body| body.to_bytes())
             .unwrap_or_default();
         let body: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let changed = self.inner.changed.subscribe();
-        let response = self.act(&method, &uri, &target, body, changed);
+        let mut changed = self.inner.changed.subscribe();
+        while self.inner.state.lock().silent {
+            let _ = changed.changed().await;
+        }
+        let response = self.act(&method, &uri, &target, body, apply, changed);
         if method != Method::GET {
             self.inner.changed.send_modify(|count| *count += 1);
         }
@@ -442,6 +453,7 @@ impl FakeApi {
         uri: &hyper::Uri,
         target: &Target,
         body: Value,
+        apply: bool,
         changed: watch::Receiver<u64>,
     ) -> Response<Body> {
         let mut state = self.inner.state.lock();
@@ -515,7 +527,10 @@ impl FakeApi {
             (&Method::PATCH, Some(name)) => {
                 let key = key(name);
                 let Some(old) = state.objects.get(&key) else {
-                    return refuse(404, "NotFound");
+                    return match apply {
+                        true => plain(StatusCode::CREATED, &state.store(key, body)),
+                        false => refuse(404, "NotFound"),
+                    };
                 };
                 for field in ["resourceVersion", "uid"] {
                     let wanted = &body["metadata"][field];
@@ -586,7 +601,7 @@ fn list(state: &State, uri: &hyper::Uri, target: &Target) -> Response<Body> {
         .map(|(_, o)| o)
         .collect();
     // Pages are small here, so that there are some.
-    let limit = query(uri, "limit").map_or(usize::MAX, |_| 3);
+    let limit = query(uri, "limit").map_or(usize::MAX, |_| (all.len() / 5).clamp(3, 500));
     let start: usize = query(uri, "continue").and_then(|v| v.parse().ok()).unwrap_or(0);
     let end = start.saturating_add(limit).min(all.len());
     let mut metadata = json!({ "resourceVersion": state.version.to_string() });
