@@ -17,6 +17,7 @@ mod join;
 mod kubernetes;
 mod manifests;
 mod output;
+mod plan;
 mod policy;
 mod status;
 mod uninstall;
@@ -54,7 +55,7 @@ struct Arguments {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Documents in and out: apply, get, delete, check, explain.
+    /// Documents in and out: apply, get, delete, plan, check, explain.
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
     /// Agents, the revision each holds, its pods and certificates.

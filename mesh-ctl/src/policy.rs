@@ -21,6 +21,7 @@ use crate::{
     explain::{self, ExplainArgs},
     get, kubernetes,
     output::{Format, print, print_value},
+    plan,
 };
 
 /// The most files that one command reads.
@@ -35,6 +36,8 @@ pub enum PolicyCommand {
     Get(get::GetArgs),
     /// Delete documents.
     Delete(DeleteArgs),
+    /// Say what an apply would change, and whom it concerns.
+    Plan(plan::PlanArgs),
     /// Validate documents without a controller.
     Check(check::CheckArgs),
     /// Say what would happen to a request, and by which rule.
@@ -136,13 +139,14 @@ pub async fn run(command: PolicyCommand, world: &World) -> Result<(), Failure> {
             PolicyCommand::Apply(args) => return kubernetes::policy::apply(args, cluster.cluster().await?).await,
             PolicyCommand::Get(args) => return kubernetes::policy::get(args, cluster.cluster().await?).await,
             PolicyCommand::Delete(args) => return kubernetes::policy::delete(args, cluster.cluster().await?).await,
-            PolicyCommand::Check(_) | PolicyCommand::Explain(_) => {}
+            PolicyCommand::Plan(_) | PolicyCommand::Check(_) | PolicyCommand::Explain(_) => {}
         }
     }
     match command {
         PolicyCommand::Apply(args) => apply(args, world).await,
         PolicyCommand::Get(args) => get::run(args, world).await,
         PolicyCommand::Delete(args) => delete(args, world).await,
+        PolicyCommand::Plan(args) => plan::run(args, world).await,
         PolicyCommand::Check(args) => check::run(args),
         PolicyCommand::Explain(args) => explain::run(args, world).await,
     }
@@ -219,7 +223,7 @@ fn change_lines(changes: Vec<DocumentChange>) -> Vec<ChangeLine> {
 }
 
 /// Sorts a response's problems into failures and warnings, as lines.
-fn split_problems(problems: Vec<WireProblem>) -> (Vec<String>, Vec<String>) {
+pub fn split_problems(problems: Vec<WireProblem>) -> (Vec<String>, Vec<String>) {
     let (odd, wrong): (Vec<_>, Vec<_>) = problems.into_iter().partition(|problem| problem.warning);
     let lines = |all: Vec<WireProblem>| {
         let line = |problem| {

@@ -328,6 +328,36 @@ mod tests {
         }
     }
 
+    /// A renderer for the little that the chart uses: values by their names.
+    #[test]
+    fn the_chart_with_its_own_values_is_the_base() {
+        let root = shell::root();
+        let text = fs::read_to_string(root.join("deploy/daemonset/settings.yaml")).unwrap();
+        let settings: Vec<Setting> = serde_yaml_ng::from_str(&text).unwrap();
+        let documents = |text: &str| -> Vec<Value> {
+            serde_yaml_ng::Deserializer::from_str(text)
+                .map(|document| Value::deserialize(document).unwrap())
+                .collect()
+        };
+        let mut compared = 0;
+        for (path, text) in chart(&root).unwrap() {
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            let base = root.join(BASE).join(&name);
+            if !path.parent().unwrap().ends_with("templates") || !base.exists() {
+                continue;
+            }
+            let mut rendered = text;
+            for setting in &settings {
+                let value = setting.default.as_str().map_or(setting.default.to_string(), str::to_owned);
+                rendered = rendered.replace(&format!("{{{{ .Values.{} }}}}", setting.name), &value);
+            }
+            assert!(!rendered.contains("{{"), "{name}: a value is left");
+            assert_eq!(documents(&rendered), documents(&fs::read_to_string(&base).unwrap()), "{name}");
+            compared += 1;
+        }
+        assert_eq!(compared, 5);
+    }
+
     #[test]
     fn every_object_of_a_schema_is_structural() {
         fn walk(path: &str, schema: &Value) {
