@@ -26,6 +26,8 @@ use super::{
 
 /// How long agents that were started anew may take.
 const READY_LIMIT: Duration = Duration::from_secs(60);
+/// How long proxies are left alone before their memory is read.
+const SETTLE: Duration = Duration::from_secs(12);
 /// How long 2,000 connections may take to open.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -189,9 +191,12 @@ impl Bench<'_> {
             self.lab.wait_captured(READY_LIMIT)?;
         }
         let one = self.idle(system, 1)?;
+        // What a start leaves behind, some give back when they come to it.
+        std::thread::sleep(SETTLE);
         let idle = machine::resident(&system.cgroups)?;
         drop(one);
         let many = self.idle(system, IDLE_CONNECTIONS)?;
+        std::thread::sleep(SETTLE);
         let full = machine::resident(&system.cgroups)?;
         drop(many);
         let each = full.saturating_sub(idle) as f64 / (IDLE_CONNECTIONS - 1) as f64;
