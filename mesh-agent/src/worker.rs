@@ -24,7 +24,7 @@ use crate::{
     pods::Directory,
     traffic::Traffic,
     tunnel::{Pool, PoolConfig},
-    view::Published,
+    view::{Published, Reader},
 };
 
 /// Destinations remembered as speaking first; above it the memory starts anew.
@@ -92,6 +92,24 @@ pub struct Worker {
     open: Cell<usize>,
     free: tokio::sync::Notify,
     speaks_first: RefCell<HashSet<SocketAddr>>,
+    view: RefCell<(Reader<View>, LocalView)>,
+    copies: Rc<Cell<usize>>,
+}
+
+/// A view as one worker's requests hold it: shared within the worker alone, so that a request moves no count that
+/// other cores move too.
+pub type LocalView = Rc<Arc<View>>;
+
+/// The most copies of requests at once that one worker sends to mirrors.
+pub const COPIES_MAX: usize = 128;
+
+/// The leave to send one copy of a request; dropped, its place is free.
+pub struct CopyPlace(Rc<Cell<usize>>);
+
+impl Drop for CopyPlace {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
 }
 
 /// Counts one connection of a worker; dropped, its place is free.
@@ -113,7 +131,11 @@ impl Worker {
             ..PoolConfig::default()
         };
         let tunnels = Pool::new(pool, shared.credentials.clone(), Arc::new(clock));
+        let mut reader = shared.view.reader();
+        let current = Rc::new(reader.current().clone());
         Rc::new(Worker {
+            view: RefCell::new((reader, current)),
+            copies: Rc::default(),
             shared,
             tunnels,
             clock,
@@ -130,6 +152,25 @@ impl Worker {
         }
         self.open.set(self.open.get() + 1);
         Place(self.clone())
+    }
+
+    /// The current view.
+    pub fn view(&self) -> LocalView {
+        let (reader, known) = &mut *self.view.borrow_mut();
+        let current = reader.current();
+        if !Arc::ptr_eq(current, known) {
+            *known = Rc::new(current.clone());
+        }
+        known.clone()
+    }
+
+    /// Leave to send a copy of a request, unless [`COPIES_MAX`] are under way.
+    pub fn copy_place(&self) -> Option<CopyPlace> {
+        let count = self.copies.get();
+        (count < COPIES_MAX).then(|| {
+            self.copies.set(count + 1);
+            CopyPlace(self.copies.clone())
+        })
     }
 
     /// Whether the destination at this address was seen to speak first.

@@ -57,7 +57,6 @@ const NOT_IMPLEMENTED: Option<StatusCode> = Some(StatusCode::NOT_IMPLEMENTED);
 const BAD_GATEWAY: Option<StatusCode> = Some(StatusCode::BAD_GATEWAY);
 const UNAVAILABLE: Option<StatusCode> = Some(StatusCode::SERVICE_UNAVAILABLE);
 const GATEWAY_TIMEOUT: Option<StatusCode> = Some(StatusCode::GATEWAY_TIMEOUT);
-const EXPECTATION_FAILED: Option<StatusCode> = Some(StatusCode::EXPECTATION_FAILED);
 const VERSION_NOT_SUPPORTED: Option<StatusCode> = Some(StatusCode::HTTP_VERSION_NOT_SUPPORTED);
 
 refusals! {
@@ -68,8 +67,6 @@ refusals! {
     NoEndpoint = 101, "no-endpoint", "UH", UNAVAILABLE;
     /// The matched rule names a backend that does not exist or may not be used.
     BadBackend = 102, "bad-backend", "NC", INTERNAL;
-    /// The destination is outside the mesh and policy allows registered destinations only.
-    RegistryOnly = 103, "registry-only", "NR", Some(StatusCode::BAD_GATEWAY);
     /// The kernel gave us a connection whose original destination is not on record.
     OriginalDestinationMissing = 104, "original-destination-missing", "NR", BAD_GATEWAY;
     /// The view names no workload at the address that the connection came to.
@@ -90,6 +87,8 @@ refusals! {
     Capacity = 205, "capacity", "OM", UNAVAILABLE;
     /// The agent drains and takes nothing new.
     Draining = 206, "draining", "LR", UNAVAILABLE;
+    /// A copy of a request was not sent to its mirror: it was too long, or too many were under way.
+    MirrorDropped = 207, "mirror-dropped", "-", None;
 
     // 3xx: who may.
     /// Access policy denied the connection by identity, address or port.
@@ -126,10 +125,6 @@ refusals! {
     PeerIdentityMismatch = 406, "peer-identity-mismatch", "UF", UNAVAILABLE;
     /// The peer broke the tunnel's protocol.
     TunnelProtocol = 407, "tunnel-protocol", "UPE", BAD_GATEWAY;
-    /// The tunnel closed under the stream.
-    TunnelClosed = 408, "tunnel-closed", "UC", BAD_GATEWAY;
-    /// The attempts allowed for the request are used up.
-    RetriesExhausted = 409, "retries-exhausted", "URX", UNAVAILABLE;
 
     // 5xx: the source's misdeeds.
     /// The request's head is not HTTP.
@@ -138,26 +133,17 @@ refusals! {
     HeadTooLarge = 501, "head-too-large", "DPE", HEAD_TOO_LARGE;
     /// The request line is longer than allowed.
     TargetTooLong = 502, "target-too-long", "DPE", URI_TOO_LONG;
-    /// The request carries lengths that contradict each other (Content-Length and Transfer-Encoding, or two of one).
+    /// The request carries lengths that contradict each other (Content-Length and Transfer-Encoding, or two of one), or
+    /// one that is no number.
     LengthConflicting = 503, "length-conflicting", "DPE", BAD_REQUEST;
-    /// The Content-Length is not a number.
-    LengthInvalid = 504, "length-invalid", "DPE", BAD_REQUEST;
-    /// A carriage return stands alone.
-    BareCarriageReturn = 505, "bare-carriage-return", "DPE", BAD_REQUEST;
-    /// A header field is folded over lines.
-    FoldedHeader = 506, "folded-header", "DPE", BAD_REQUEST;
     /// A chunk's size or end is malformed.
     ChunkMalformed = 507, "chunk-malformed", "DPE", BAD_REQUEST;
     /// The transfer coding is not one we may forward.
     TransferCodingUnknown = 508, "transfer-coding-unknown", "DPE", NOT_IMPLEMENTED;
     /// The request names no host, or more than one, or one that is none.
     HostInvalid = 509, "host-invalid", "DPE", BAD_REQUEST;
-    /// A header field's name or value has bytes that may not be there.
-    HeaderInvalid = 510, "header-invalid", "DPE", BAD_REQUEST;
     /// The version is not HTTP/1.0, HTTP/1.1 or HTTP/2.
     VersionUnsupported = 511, "version-unsupported", "DPE", VERSION_NOT_SUPPORTED;
-    /// The expectation is not one that exists.
-    ExpectationUnknown = 512, "expectation-unknown", "DPE", EXPECTATION_FAILED;
     /// The source broke HTTP/2.
     Http2Protocol = 513, "http2-protocol", "DPE", None;
     /// The source did not send its request's head in time.
@@ -168,8 +154,6 @@ refusals! {
     SourceHandshakeFailed = 516, "source-handshake-failed", "DPE", None;
     /// The method is not one we may forward (CONNECT to a service).
     MethodRefused = 517, "method-refused", "DPE", Some(StatusCode::METHOD_NOT_ALLOWED);
-    /// The source's port speaks another protocol than the service port declares.
-    ProtocolMismatch = 518, "protocol-mismatch", "DPE", BAD_REQUEST;
     /// The source did not finish its TLS handshake in time.
     SourceHandshakeTimeout = 519, "source-handshake-timeout", "DT", None;
 

@@ -12,7 +12,7 @@ pub mod h2;
 pub mod headers;
 mod timer;
 
-use std::{borrow::Cow, io, time::Duration};
+use std::{borrow::Cow, cell::RefCell, io, time::Duration};
 
 use bytes::Bytes;
 use http::StatusCode;
@@ -91,6 +91,46 @@ pub struct Forward {
     pub request_timeout: Option<Duration>,
     /// The time that one attempt may take until the response's head.
     pub attempt_timeout: Option<Duration>,
+    /// Who wants a copy of the request.
+    pub copy: Option<CopyTo>,
+}
+
+/// The longest body of a request that is copied.
+pub const COPY_BYTES_MAX: usize = 64 * 1024;
+
+/// Takes the copy of a request once its body is over, whatever became of the request itself. Dropped without one if the
+/// body was longer than [`COPY_BYTES_MAX`], or did not come to its end.
+pub struct CopyTo(RefCell<Option<Taker>>);
+
+type Taker = Box<dyn FnOnce(RequestCopy)>;
+
+/// A whole request as it came.
+pub enum RequestCopy {
+    /// Its bytes: the head, and the body as it was framed.
+    Http1(Bytes),
+    /// The parts of a stream.
+    Http2(Box<h2::StreamCopy>),
+}
+
+impl CopyTo {
+    /// Gives the copy to `take`.
+    pub fn new(take: impl FnOnce(RequestCopy) + 'static) -> CopyTo {
+        CopyTo(RefCell::new(Some(Box::new(take))))
+    }
+
+    /// Gives the copy, the first time that it is asked to.
+    fn give(&self, copy: impl FnOnce() -> RequestCopy) {
+        let taker = self.0.borrow_mut().take();
+        if let Some(taker) = taker {
+            taker(copy());
+        }
+    }
+}
+
+impl std::fmt::Debug for CopyTo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CopyTo")
+    }
 }
 
 /// An answer given by the agent.

@@ -118,7 +118,7 @@ impl Arrival {
         let ends = names::Ends {
             source,
             destination: Some(&destination),
-            service: policy.services.first().map(|service| &**service),
+            service: policy.services.first(),
             security,
             ..names::Ends::at_destination()
         };

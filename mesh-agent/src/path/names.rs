@@ -1,25 +1,22 @@
 //! Who took part, for the record of a connection or request. The path tells; nothing here decides.
 
-use std::{cell::RefCell, net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use mesh_api::{
     identity::SpiffeId,
     request::Request,
     view::View,
-    workload::{ObjectName, Service, Workload},
+    workload::{Service, Workload},
 };
 
 use crate::{
-    event::{ConnRecord, ConnectionSecurity, Outcome, Parties, PartySet, Protocol, Reporter, RequestRecord},
+    event::{ConnRecord, ConnectionSecurity, Events, Outcome, PartySet, Protocol, Reporter, RequestRecord},
     l7::{
         End, Standard,
         headers::{ClientCert, TraceParent},
     },
     worker::Worker,
 };
-
-/// Sets of parties that one connection's requests keep; above it the cache starts anew.
-const CACHED_MAX: usize = 64;
 
 /// The two ends of a connection or request, as far as they are known.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +28,7 @@ pub struct Ends<'a> {
     /// Whither.
     pub destination: Option<&'a Arc<Workload>>,
     /// The service that was asked for.
-    pub service: Option<&'a Service>,
+    pub service: Option<&'a Arc<Service>>,
     /// How it was protected.
     pub security: ConnectionSecurity,
 }
@@ -56,33 +53,15 @@ impl Ends<'_> {
         }
     }
 
-    /// The labels.
-    pub fn parties(&self) -> Parties {
-        let (source, destination) = (self.source.map(|w| &**w), self.destination.map(|w| &**w));
-        Parties::of(self.reporter, source, destination, self.service, self.security)
-    }
-}
-
-/// Parties by the endpoint's name and the kind of record, for the requests of one connection.
-#[derive(Default)]
-pub struct Cache(RefCell<Vec<(PartiesKey, Arc<PartySet>)>>);
-
-/// What parties of one connection's requests differ in.
-pub type PartiesKey = (Option<ObjectName>, ConnectionSecurity, Reporter);
-
-impl Cache {
-    /// The parties of the key, made if they are not there.
-    pub fn get(&self, key: PartiesKey, make: impl FnOnce() -> Arc<PartySet>) -> Arc<PartySet> {
-        if let Some((_, parties)) = self.0.borrow().iter().find(|(known, _)| *known == key) {
-            return parties.clone();
-        }
-        let parties = make();
-        let mut known = self.0.borrow_mut();
-        if known.len() >= CACHED_MAX {
-            known.clear();
-        }
-        known.push((key, parties.clone()));
-        parties
+    /// The labels; the calling thread knows those of the ends that it has seen lately.
+    pub fn parties(&self, events: &Events) -> Arc<PartySet> {
+        events.parties_of(
+            self.reporter,
+            self.source,
+            self.destination,
+            self.service,
+            self.security,
+        )
     }
 }
 
@@ -95,7 +74,7 @@ pub fn connection(
     destination: SocketAddr,
 ) -> ConnRecord {
     let events = &worker.shared.events;
-    let mut record = events.connection(events.parties(ends.parties()), Protocol::Tcp);
+    let mut record = events.connection(ends.parties(events), Protocol::Tcp);
     record.set_revision(view.revision());
     record.set_addresses(source, destination);
     record.set_workloads(ends.source, ends.destination);

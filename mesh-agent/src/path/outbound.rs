@@ -532,7 +532,7 @@ impl Flow<'_> {
         }
     }
 
-    fn service(&self) -> Option<&mesh_api::workload::Service> {
+    fn service(&self) -> Option<&Arc<mesh_api::workload::Service>> {
         match &self.wanted {
             Wanted::Service(port) => Some(&port.service),
             _ => None,

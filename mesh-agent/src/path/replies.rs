@@ -44,6 +44,14 @@ pub fn redirect(status: u16, location: String) -> Reply {
     Reply::new(status, GrpcStatus::Unimplemented, "").with_header("location", location)
 }
 
+/// The answer to a preflight: these headers, or none for an origin that is not allowed.
+pub fn preflight(headers: Vec<(&'static str, String)>) -> Reply {
+    Reply {
+        headers,
+        ..Reply::new(StatusCode::NO_CONTENT, GrpcStatus::Unimplemented, "")
+    }
+}
+
 /// What an engine's fault is called in records.
 pub fn fault_refusal(fault: Fault) -> Refusal {
     match fault {

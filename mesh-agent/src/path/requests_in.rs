@@ -23,7 +23,7 @@ use super::{
     target::{Kind, TargetStream},
 };
 use crate::{
-    event::{ConnectionSecurity, Outcome, PartySet, Protocol, Refusal, Reporter, RequestRecord},
+    event::{ConnectionSecurity, Outcome, PartySet, Protocol, Refusal, RequestRecord},
     l7::{
         self, Attempt, End, Facts, Fault, Forward, Handler, Limits, Reply, Standard, Target, UNDELIVERED_HEADER,
         Verdict, Version, detect::Sniff, headers::ClientCert,
@@ -40,7 +40,6 @@ pub struct RequestsIn {
     client_cert: ClientCert,
     app: RefCell<Option<TargetStream>>,
     http2: Http2Targets,
-    parties: names::Cache,
 }
 
 /// What accompanies one request.
@@ -90,7 +89,6 @@ impl RequestsIn {
             client_cert,
             app: RefCell::default(),
             http2: Http2Targets::default(),
-            parties: names::Cache::default(),
         }
     }
 
@@ -99,24 +97,21 @@ impl RequestsIn {
     }
 
     fn parties(&self, view: &View) -> Arc<PartySet> {
-        self.parties.get((None, self.security, Reporter::Destination), || {
-            let source = view.workload_by_address(self.arrival.source.ip());
-            let policy = view.inbound(self.arrival.pod.name(), self.arrival.local.port());
-            let destination = self.arrival.pod.workload();
-            let ends = names::Ends {
-                source,
-                destination: Some(&destination),
-                service: policy.services.first().map(|service| &**service),
-                security: self.security,
-                ..names::Ends::at_destination()
-            };
-            self.worker().shared.events.parties(ends.parties())
-        })
+        let policy = view.inbound(self.arrival.pod.name(), self.arrival.local.port());
+        let destination = self.arrival.pod.workload();
+        let ends = names::Ends {
+            source: view.workload_by_address(self.arrival.source.ip()),
+            destination: Some(&destination),
+            service: policy.services.first(),
+            security: self.security,
+            ..names::Ends::at_destination()
+        };
+        ends.parties(&self.worker().shared.events)
     }
 
     fn judge(&self, request: &dyn Request, facts: Facts) -> Verdict<Exchange> {
         let shared = &self.worker().shared;
-        let view = shared.view.load();
+        let view = self.worker().view();
         let policy = view.inbound(self.arrival.pod.name(), self.arrival.local.port());
         let protocol = match facts.version {
             _ if facts.grpc => Protocol::Grpc,
@@ -271,7 +266,7 @@ impl Handler for RequestsIn {
     }
 
     fn refused(&self, fault: Fault, status: Option<StatusCode>) {
-        let view = self.worker().shared.view.load();
+        let view = self.worker().view();
         let mut record = self
             .worker()
             .shared

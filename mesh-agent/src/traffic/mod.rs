@@ -524,10 +524,10 @@ impl Admission {
         })
     }
 
-    /// Leave to try again: the budget counts retries in flight against requests in flight.
-    pub fn retry(&self) -> Option<RetryGuard> {
-        let budget = self.settings.retry.as_ref()?;
-        let share = u64::from(self.state.requests.load(Ordering::Relaxed)) * u64::from(budget.budget_percent) / 100;
+    /// Leave to try again: the budget, of whichever policy asks for the retry, counts retries in flight against requests
+    /// in flight.
+    pub fn retry(&self, budget_percent: u32) -> Option<RetryGuard> {
+        let share = u64::from(self.state.requests.load(Ordering::Relaxed)) * u64::from(budget_percent) / 100;
         let max = u32::try_from(share).unwrap_or(u32::MAX).max(RETRIES_MIN);
         self.count(Counter::Retries, max).map(RetryGuard)
     }

@@ -404,12 +404,12 @@ fn retries_have_a_budget() {
     let backend = backend(1, breaker());
     let admissions: Vec<_> = (0..50).map(|_| traffic.admit(&backend).unwrap()).collect();
     // 20 % of 50.
-    let retries: Vec<_> = (0..20).filter_map(|_| admissions[0].retry()).collect();
+    let retries: Vec<_> = (0..20).filter_map(|_| admissions[0].retry(20)).collect();
     assert_eq!(retries.len(), 10);
     drop(retries);
     drop(admissions);
     let one = traffic.admit(&backend).unwrap();
-    let few: Vec<_> = (0..20).filter_map(|_| one.retry()).collect();
+    let few: Vec<_> = (0..20).filter_map(|_| one.retry(20)).collect();
     assert_eq!(few.len(), 3, "a little is always allowed");
 }
 

@@ -13,6 +13,7 @@
 //! of one kind only, they are for all requests. Connections that carry no requests go by TCPRoutes and TLSRoutes
 //! ([`FlowTable`]).
 
+mod cors;
 mod flow;
 mod grpc;
 mod matching;
@@ -21,6 +22,7 @@ mod rewrite;
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 pub use self::{
+    cors::{cors_headers, is_preflight, preflight_headers},
     flow::{FlowChoice, FlowEntry, FlowRule, FlowTable, Hello, select_flow},
     grpc::{grpc_match_holds, is_grpc},
     matching::{match_holds, path_matches},

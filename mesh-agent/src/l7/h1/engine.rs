@@ -23,7 +23,7 @@ use super::{
     body::Incoming,
     buffer::{Left, poll_read, with_scratch},
     codec::{RequestHead, RequestView, parse_request},
-    exchange::{Asked, Exchange, Outcome, SourceSide, Up},
+    exchange::{Asked, Exchange, Kept, Outcome, SourceSide, Up},
     write::{write_reply, write_request},
 };
 use crate::l7::{
@@ -308,6 +308,7 @@ impl<'a, H: Handler, D: Future<Output = Duration>> Connection<'a, H, D> {
                 return After::Close;
             }
         };
+        up.give_copy(&forward);
         let (mut attempt, mut attempts, mut retries, mut fresh_tried) = (Attempt::First, 0, 0, false);
         loop {
             attempts += 1;
@@ -422,6 +423,11 @@ impl<'a, H: Handler, D: Future<Output = Duration>> Connection<'a, H, D> {
         let (used, count) = body
             .take(rest, chunked, &mut message)
             .map_err(|_| RequestDefect::Chunk)?;
+        let copy = forward.copy.as_ref().map(|_| {
+            let mut copy = Kept::new(bytes);
+            copy.push(rest.get(..used).unwrap_or_default());
+            copy
+        });
         self.left.consume(head.bytes + used);
         Ok(Up {
             message,
@@ -429,6 +435,7 @@ impl<'a, H: Handler, D: Future<Output = Duration>> Connection<'a, H, D> {
             body,
             bytes: count as u64,
             source_eof: self.eof,
+            copy,
         })
     }
 

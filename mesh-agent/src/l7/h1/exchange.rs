@@ -22,7 +22,10 @@ use super::{
     field::FieldKind,
     write::{Outgoing, write_interim, write_response},
 };
-use crate::l7::{Attempt, Attempted, Fault, Forward, Handler, Limits, Version, Wire, h1::RequestDefect, timer::Timer};
+use crate::l7::{
+    Attempt, Attempted, COPY_BYTES_MAX, Fault, Forward, Handler, Limits, RequestCopy, Version, Wire, h1::RequestDefect,
+    timer::Timer,
+};
 
 /// The most bytes of later requests read while one is under way.
 const PIPELINE_BYTES_MAX: usize = 16 * 1024;
@@ -67,6 +70,49 @@ pub(super) struct Up {
     pub replayable: bool,
     /// The source will send nothing more.
     pub source_eof: bool,
+    /// What came so far, if a copy is wanted.
+    pub copy: Option<Kept>,
+}
+
+/// The bytes of a request that is copied.
+pub(super) struct Kept {
+    bytes: Vec<u8>,
+    bytes_max: usize,
+    too_long: bool,
+}
+
+impl Kept {
+    /// Begins with the head.
+    pub fn new(head: &[u8]) -> Kept {
+        Kept {
+            bytes: head.to_vec(),
+            bytes_max: head.len() + COPY_BYTES_MAX,
+            too_long: false,
+        }
+    }
+
+    /// Keeps more of the body, as long as all of it is kept.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.too_long |= self.bytes.len() + bytes.len() > self.bytes_max;
+        if self.too_long {
+            self.bytes = Vec::new();
+        } else {
+            self.bytes.extend_from_slice(bytes);
+        }
+    }
+}
+
+impl Up {
+    /// Gives the copy to whoever wants it, once the body is over.
+    pub fn give_copy(&mut self, forward: &Forward) {
+        if self.body.is_done()
+            && let Some(copy) = self.copy.take()
+            && !copy.too_long
+            && let Some(to) = &forward.copy
+        {
+            to.give(|| RequestCopy::Http1(copy.bytes.into()));
+        }
+    }
 }
 
 /// The source's connection as an attempt needs it.
@@ -271,6 +317,7 @@ impl<'a, H: Handler> Exchange<'a, H> {
                 }
             }
             if self.up.body.is_done() {
+                self.up.give_copy(self.asked.forward);
                 if !self.up_broken && self.up_dirty {
                     match Pin::new(&mut self.target).poll_flush(cx) {
                         Poll::Pending => return Ok(()),
@@ -354,6 +401,9 @@ impl<'a, H: Handler> Exchange<'a, H> {
             self.up_write(cx, out);
             used
         };
+        if let Some(copy) = &mut self.up.copy {
+            copy.push(input.get(..used).unwrap_or_default());
+        }
         Ok(used)
     }
 

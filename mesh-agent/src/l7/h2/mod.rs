@@ -5,6 +5,7 @@
 //! `h2` ends a connection that resets faster than streams are accepted, and here a stream is refused while too many
 //! tasks still wind up.
 
+mod copy;
 mod head;
 mod stream;
 
@@ -17,6 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
+pub use copy::{StreamCopy, send_copy};
 use h2::{Reason, server};
 use tokio::{task::JoinSet, time::Instant};
 

@@ -20,10 +20,10 @@ use h2::{
 use http::{HeaderMap, Method, Request as HttpRequest, Response, request::Parts};
 use tokio::time::Instant;
 
-use super::head;
+use super::{copy::StreamCopy, head};
 use crate::l7::{
-    Attempt, Attempted, End, Facts, Fault, Forward, Handler, Limits, Reply, UNDELIVERED_HEADER, Verdict, Version,
-    timer::Timer,
+    Attempt, Attempted, End, Facts, Fault, Forward, Handler, Limits, Reply, RequestCopy, UNDELIVERED_HEADER, Verdict,
+    Version, timer::Timer,
 };
 
 /// What of a request's body is kept so that it can be sent again.
@@ -128,6 +128,9 @@ pub(super) async fn run<H: Handler>(
         deadline: forward.request_timeout.map(|timeout| started + timeout),
         replayable: Cell::new(true),
     };
+    if body.over {
+        body.give_copy(&parts, &forward, &call.replayable);
+    }
     let result = call.attempts(&mut exchange, &mut body, &mut answer).await;
     answer.end.request_bytes = body.bytes;
     if let Err(failure) = result {
@@ -177,10 +180,12 @@ impl<H: Handler> Call<'_, H> {
         attempt: Attempt,
         retry: Option<u32>,
     ) -> Result<Sent, Failure> {
-        let attempt_deadline = self.forward.attempt_timeout.map(|timeout| Instant::now() + timeout);
         let mut timer = Timer::default();
-        timer.set([self.deadline, attempt_deadline].into_iter().flatten().min());
+        timer.set(self.deadline);
         let mut target = self.connect(exchange, attempt, answer, &mut timer).await?;
+        // Neither a pause before the attempt nor the dial is part of it, as with HTTP/1.
+        let attempt_deadline = self.forward.attempt_timeout.map(|timeout| Instant::now() + timeout);
+        timer.set([self.deadline, attempt_deadline].into_iter().flatten().min());
         let request = head::outgoing(self.parts, self.forward).map_err(Failure::Fault)?;
         let ends = body.over && body.kept.is_empty() && body.trailers.is_none();
         let (response, mut up) = target
@@ -188,7 +193,7 @@ impl<H: Handler> Call<'_, H> {
             .map_err(|_| Failure::Fault(Fault::StreamRefused))?;
         let head_came = Cell::new(false);
         let result = {
-            let mut sending = pin!(body.send(&mut up, ends, &self.replayable));
+            let mut sending = pin!(body.send(&mut up, ends, (self.parts, self.forward, &self.replayable)));
             let mut receiving = pin!(self.receive(exchange, answer, response, retry, &head_came));
             let (mut sent, mut moved) = (false, false);
             poll_fn(|cx| {
@@ -340,8 +345,28 @@ impl<H: Handler> Call<'_, H> {
 }
 
 impl Body {
+    /// The request as it came, if all of it is there.
+    fn give_copy(&self, parts: &Parts, forward: &Forward, replayable: &Cell<bool>) {
+        if let Some(to) = &forward.copy
+            && replayable.get()
+        {
+            to.give(|| {
+                RequestCopy::Http2(Box::new(StreamCopy {
+                    parts: parts.clone(),
+                    body: self.kept.clone(),
+                    trailers: self.trailers.clone(),
+                }))
+            });
+        }
+    }
+
     /// Sends what was kept of it, and then what comes. `ended` says that the head has ended the stream already.
-    async fn send(&mut self, up: &mut SendStream<Bytes>, ended: bool, replayable: &Cell<bool>) -> Result<(), Failure> {
+    async fn send(
+        &mut self,
+        up: &mut SendStream<Bytes>,
+        ended: bool,
+        (parts, forward, replayable): (&Parts, &Forward, &Cell<bool>),
+    ) -> Result<(), Failure> {
         if ended {
             return Ok(());
         }
@@ -375,6 +400,7 @@ impl Body {
             // Fails only for more than was received.
             let _ = self.stream.flow_control().release_capacity(count);
         }
+        self.give_copy(parts, forward, replayable);
         match self.trailers.clone() {
             None => Ok(()),
             Some(trailers) => up
