@@ -198,6 +198,12 @@ impl Agents {
         all.into_values().collect()
     }
 
+    /// Forgets disconnected agents of nodes that are gone.
+    pub fn forget_gone(&self, exists: impl Fn(&str) -> bool) {
+        let mut state = self.state.lock();
+        state.agents.retain(|node, agent| agent.session != 0 || exists(node));
+    }
+
     /// What each connected agent holds, by node.
     pub fn standing(&self) -> BTreeMap<String, Standing> {
         let state = self.state.lock();

@@ -23,7 +23,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use kube::Client;
-use mesh_api::identity::TrustDomain;
+use mesh_api::{
+    document::{DocumentKey, Kind},
+    identity::TrustDomain,
+};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch as channel},
@@ -352,7 +355,7 @@ async fn keep_trust(trust: Arc<Trust>, tls: Arc<Tls>, cluster: Arc<Cluster>, met
     }
 }
 
-/// Keeps the gauges of agents.
+/// Keeps the gauges of agents, and forgets those of nodes that are gone.
 async fn count_agents(agents: Arc<Agents>, cluster: Arc<Cluster>, metrics: Arc<Metrics>) {
     let mut changes = agents.subscribe();
     let mut revisions = cluster.published();
@@ -360,6 +363,9 @@ async fn count_agents(agents: Arc<Agents>, cluster: Arc<Cluster>, metrics: Arc<M
         let newest = revisions.borrow_and_update().as_ref().map(|compiled| compiled.revision);
         let (connected, behind) = agents.count(newest.unwrap_or_default());
         metrics.agents(connected, behind);
+        cluster.look(|known| {
+            agents.forget_gone(|node| known.set.get(&DocumentKey::new(Kind::Node, "", node)).is_some());
+        });
         // Agents change often while many connect: once in a while is enough for a gauge.
         tokio::time::sleep(Duration::from_millis(200)).await;
         tokio::select! {

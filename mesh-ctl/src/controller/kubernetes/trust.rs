@@ -63,6 +63,34 @@ struct State {
     secret_version: String,
 }
 
+impl State {
+    /// Another CA is to follow. One of the same root may sign at once; another's root is told first.
+    fn succeed(&mut self, next: Arc<SigningCa>, now: SystemTime) {
+        let told = next.bundle().iter().all(|root| self.bundle.contains(root));
+        let from = if told { now } else { now + TOLD };
+        tracing::info!(same_root = told, "the CA has been replaced");
+        self.next = Some((next, from));
+    }
+
+    /// The roots that must be in the bundle.
+    fn wanted(&self) -> Vec<CertificateDer<'static>> {
+        let next = self.next.iter().flat_map(|(ca, _)| ca.bundle());
+        self.signing.bundle().into_iter().chain(next).collect()
+    }
+
+    /// Lets the next CA sign if its time has come.
+    fn promote(&mut self, now: SystemTime) -> bool {
+        match self.next.take_if(|(_, from)| *from <= now) {
+            Some((next, _)) => {
+                self.signing = next;
+                tracing::info!("the new CA signs");
+                true
+            }
+            None => false,
+        }
+    }
+}
+
 /// What a look at the Secret came to.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Changes {
@@ -138,30 +166,16 @@ impl Trust {
             let found = Arc::new(found.with_context(|| format!("the Secret {SECRET} has changed and cannot be used"))?);
             let mut state = self.state.write();
             state.secret_version = version;
-            let told = found.bundle().iter().all(|root| state.bundle.contains(root));
-            // The same root may sign at once; another is told first.
-            let from = if told { now } else { now + TOLD };
-            tracing::info!(same_root = told, "the CA has been replaced");
-            state.next = Some((found, from));
+            state.succeed(found, now);
         }
-        let wanted: Vec<_> = {
-            let state = self.state.read();
-            let next = state.next.iter().flat_map(|(ca, _)| ca.bundle());
-            state.signing.bundle().into_iter().chain(next).collect()
-        };
+        let wanted = self.state.read().wanted();
         let bundle = write_bundle(&self.client, &self.namespace, &wanted, now).await?;
         let mut state = self.state.write();
         if state.bundle != bundle {
             state.bundle = bundle;
             changes.bundle = true;
         }
-        if state.next.as_ref().is_some_and(|(_, from)| *from <= now)
-            && let Some((next, _)) = state.next.take()
-        {
-            state.signing = next;
-            changes.signing = true;
-            tracing::info!("the new CA signs");
-        }
+        changes.signing = state.promote(now);
         Ok(changes)
     }
 
@@ -403,5 +417,33 @@ mod tests {
         );
         let (bundle, since) = merge(&[old.clone(), new.clone()], &[new, old], &since, later);
         assert_eq!((bundle.len(), since.len()), (2, 0));
+    }
+
+    #[test]
+    fn a_new_root_signs_only_after_it_was_told() {
+        let now = SystemTime::now();
+        let ca = || {
+            let root = SigningCa::new_root(&domain(), now).unwrap();
+            let key = PrivateKeyDer::Pkcs8(root.key.into());
+            Arc::new(SigningCa::new(&key, vec![root.certificate], vec![], &domain()).unwrap())
+        };
+        let (old, new) = (ca(), ca());
+        let mut state = State {
+            signing: old.clone(),
+            next: None,
+            bundle: old.bundle(),
+            secret_version: String::new(),
+        };
+        assert!(!state.promote(now));
+        state.succeed(new.clone(), now);
+        assert_eq!(state.wanted(), [old.bundle(), new.bundle()].concat());
+        assert!(!state.promote(now + TOLD - Duration::from_secs(1)));
+        assert!(Arc::ptr_eq(&state.signing, &old));
+        assert!(state.promote(now + TOLD));
+        assert!(Arc::ptr_eq(&state.signing, &new));
+        assert_eq!(state.wanted(), new.bundle());
+        // Back to the one whose root is in the bundle still: nobody has to be told.
+        state.succeed(old, now);
+        assert!(state.promote(now));
     }
 }
