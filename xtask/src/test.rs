@@ -61,7 +61,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let programs = build::programs(&build::Options {
         release: options.release,
     })?;
-    let tests = build_tests()?;
+    // The tests on a cluster are of one package.
+    let tests = build_tests(if options.kube {
+        &["-p", "mesh-tests"]
+    } else {
+        &["--workspace"]
+    })?;
     ensure!(!tests.is_empty(), "cargo built no test program");
     let filter = options.filter.as_deref();
     let (on_cluster, local): (Vec<_>, Vec<_>) = tests.into_iter().partition(|test| Run::needed_by(&test.name));
@@ -139,16 +144,11 @@ pub struct TestProgram {
     pub package: PathBuf,
 }
 
-/// Builds every test program of the workspace.
-pub fn build_tests() -> Result<Vec<TestProgram>> {
+/// Builds test programs: of the packages that these arguments of cargo name.
+pub fn build_tests(packages: &[&str]) -> Result<Vec<TestProgram>> {
     let mut command = shell::cargo();
-    command.args([
-        "test",
-        "--workspace",
-        "--locked",
-        "--no-run",
-        "--message-format=json-render-diagnostics",
-    ]);
+    command.arg("test").args(packages);
+    command.args(["--locked", "--no-run", "--message-format=json-render-diagnostics"]);
     command.arg("--target-dir").arg(shell::target()?);
     let mut child = command.stdout(Stdio::piped()).spawn().context("run cargo test")?;
     let output = child.stdout.take().context("no output of cargo")?;

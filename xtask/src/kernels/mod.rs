@@ -102,7 +102,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     setup::ensure_all()?;
     setup::ensure(PACKAGES)?;
     let programs = build::programs(&build::Options { release: false })?;
-    let tests = build_tests()?;
+    let tests = build_tests(&["--workspace"])?;
     let cache = shell::target()?.join("kernels");
     let chosen = KERNELS
         .iter()
