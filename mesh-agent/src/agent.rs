@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use mesh_api::{
     identity::SpiffeId,
     wire::{CertificateReport, PodReport},
-    workload::{ObjectName, Workload},
+    workload::{ObjectName, Revision, Workload},
 };
 use serde_json::json;
 use tokio::{
@@ -132,8 +132,8 @@ async fn serve(config: AgentConfig) -> Result<()> {
     });
     let control = tokio::task::spawn_local(sync.run(report_in));
     let issuing = tokio::task::spawn_local(issuer.run(wanted_in));
-    let kept = Arc::new(AtomicBool::new(pods.is_kept()));
-    let admin = admin(&config, &events, &view, &health, &pods_in, &drain, &kept);
+    let (kept, looked) = (Arc::new(AtomicBool::new(pods.is_kept())), Arc::default());
+    let admin = admin(&config, &events, &view, &health, &pods_in, &drain, (&kept, &looked));
     // With a keeper, agents change places while both run: the ports belong to the one that does not drain.
     let hands_over = config.keeper.is_some();
     let admin = admin.bind(&config.admin, hands_over).await.context("the admin ports")?;
@@ -153,6 +153,8 @@ async fn serve(config: AgentConfig) -> Result<()> {
         pods,
         sandboxes,
         kept,
+        looked,
+        health,
         bundle,
         wanted: wanted_out,
         report: report_out,
@@ -256,9 +258,9 @@ fn admin(
     health: &Arc<SyncHealth>,
     pods: &watch::Receiver<Vec<PodStatus>>,
     drain: &Drain,
-    kept: &Arc<AtomicBool>,
+    (kept, looked): (&Arc<AtomicBool>, &Arc<AtomicBool>),
 ) -> Admin {
-    let kept = kept.clone();
+    let (kept, looked) = (kept.clone(), looked.clone());
     let keeper = config.keeper.as_ref().map(|path| path.display().to_string());
     let keeper = keeper.unwrap_or_else(|| "none is configured".to_owned());
     let page = admin::config_page(config);
@@ -277,7 +279,8 @@ fn admin(
                 },
                 Check {
                     name: "pods",
-                    ready: uncaptured == 0,
+                    // Before the first look nothing is known of any.
+                    ready: looked.load(Ordering::Relaxed) && uncaptured == 0,
                     detail: format!("{uncaptured} not captured"),
                 },
                 Check {
@@ -330,6 +333,9 @@ struct Upkeep {
     sandboxes: Option<watch::Receiver<Arc<Sandboxes>>>,
     /// Whether the keeper, if there should be one, holds what it should.
     kept: Arc<AtomicBool>,
+    /// Whether the pods were looked at once.
+    looked: Arc<AtomicBool>,
+    health: Arc<SyncHealth>,
     bundle: watch::Receiver<Arc<TrustBundle>>,
     wanted: watch::Sender<BTreeSet<SpiffeId>>,
     report: watch::Sender<AgentReport>,
@@ -355,8 +361,19 @@ impl Upkeep {
         let mut issued = self.credentials.subscribe();
         let mut strangers = tokio::time::interval(STRANGERS_LOOK);
         let mut looks = tokio::time::interval(KEEPER_LOOK);
+        let mut known: Option<(Revision, tokio::time::Instant)> = None;
         loop {
             let view = self.view.load();
+            // A controller that has something newer says so as soon as it is connected: what is still the newest after a
+            // while is sure.
+            let now = tokio::time::Instant::now();
+            known = match known {
+                _ if !self.health.connected() => None,
+                Some((revision, since)) if revision == view.revision() => Some((revision, since)),
+                _ => Some((view.revision(), now)),
+            };
+            self.pods
+                .set_sure(known.is_some_and(|(_, since)| now.duration_since(since) >= POD_RETRY));
             if let Some(sandboxes) = &mut self.sandboxes {
                 let now = sandboxes.borrow_and_update().clone();
                 self.pods.set_sandboxes(now);
@@ -382,6 +399,7 @@ impl Upkeep {
                 self.pods.reconcile(&here).await;
                 self.kept.store(self.pods.is_kept(), Ordering::Relaxed);
                 self.tell();
+                self.looked.store(true, Ordering::Relaxed);
             }
             let unsettled = view.revision().0 > 0 && !self.pods.is_settled();
             loop {

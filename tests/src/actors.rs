@@ -231,7 +231,12 @@ pub fn hold(lab: &Lab, pod: &str, host: &str) -> Result<Background> {
 }
 
 fn start_hold(lab: &Lab, pod: &str, words: &[&str]) -> Result<Background> {
-    let flow = lab.exec_background(pod, &[&[PYTHON, "-u", PROGRAM, "hold"], words].concat())?;
+    start(lab, pod, &[&["hold"], words].concat())
+}
+
+/// Starts a verb that goes on beside the test; returns when it is under way.
+pub fn start(lab: &Lab, pod: &str, words: &[&str]) -> Result<Background> {
+    let flow = lab.exec_background(pod, &[&[PYTHON, "-u", PROGRAM], words].concat())?;
     until("an open flow", RECORDS_LIMIT, || {
         let said = flow.stdout();
         ensure!(!said.contains("how"), "{said}");

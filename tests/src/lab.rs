@@ -669,6 +669,32 @@ impl Lab {
         cgroup::processes(&mesh::keeper_cgroup(&self.cgroup, node))
     }
 
+    /// Asks processes to end (SIGTERM).
+    pub fn terminate(&self, pids: &[u32]) {
+        mesh::terminate(pids);
+        self.reap();
+    }
+
+    /// A page of the newest agent's admin socket.
+    pub fn admin(&self, node: &str, page: &str) -> Result<String> {
+        let socket = mesh::admin_socket(&self.name, node).display().to_string();
+        let url = format!("http://agent{page}");
+        let argv = ["curl", "-sS", "--max-time", "5", "--unix-socket", &socket, &url];
+        self.exec_in(Place::Node(node), &argv)?.ok()
+    }
+
+    /// The resident memory of processes, in KiB.
+    pub fn memory(&self, pids: &[u32]) -> Result<u64> {
+        let mut sum = 0;
+        for pid in pids {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+            let number = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+            sum += number.context("no VmRSS")?;
+        }
+        Ok(sum)
+    }
+
     /// Kills every keeper of a node at once (SIGKILL).
     pub fn kill_keeper(&self, node: &str) -> Result<()> {
         cgroup::kill(&mesh::keeper_cgroup(&self.cgroup, node))?;

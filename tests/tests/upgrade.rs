@@ -7,8 +7,8 @@ mod shop_lab;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use mesh_tests::{Lab, LabConfig, Packets, until};
+use anyhow::{Context, Result, bail, ensure};
+use mesh_tests::{Background, Lab, LabConfig, Packets, actors, until};
 use shop_lab::*;
 
 /// What is searched for on the wire.
@@ -37,7 +37,7 @@ fn connections_wait_for_the_next_agent_and_nothing_is_in_the_clear() -> Result<(
             .map(|host| lab.exec_background(VISITOR, &["curl", "-sSi", "--max-time", "30", &url(host)]))
             .collect::<Result<_>>()?;
         until("connections that wait in the listeners", LIMIT, || {
-            Ok((queued(&lab)? > 0).then_some(()))
+            Ok((queued(&lab, node)? > 0).then_some(()))
         })?;
         let began = Instant::now();
         lab.start_agent(node)?;
@@ -46,10 +46,9 @@ fn connections_wait_for_the_next_agent_and_nothing_is_in_the_clear() -> Result<(
                 .wait(LIMIT)?
                 .ok()
                 .with_context(|| format!("when the agent of {node} was killed"))?;
-            ensure!(
-                answer.starts_with("HTTP/1.1 200 "),
-                "when the agent of {node} was killed: {answer}"
-            );
+            if !answer.starts_with("HTTP/1.1 200 ") {
+                bail!("when the agent of {node} was killed: {answer}{}", refusals(&lab)?);
+            }
         }
         println!("{node}: served {:?} after the start", began.elapsed());
     }
@@ -58,13 +57,42 @@ fn connections_wait_for_the_next_agent_and_nothing_is_in_the_clear() -> Result<(
     lab.down()
 }
 
-/// Connections in the queues of the agents' listeners in the visitor's namespace.
-fn queued(lab: &Lab) -> Result<usize> {
-    let sockets = lab.shell(VISITOR, "ss -Htln sport = :15001 or sport = :15006")?;
-    let queues = sockets
-        .lines()
-        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<usize>().ok());
-    Ok(queues.sum())
+/// Every record of a refusal, for people.
+fn refusals(lab: &Lab) -> Result<String> {
+    until("a record", LIMIT, || {
+        let text = refused(lab)?;
+        Ok((!text.is_empty()).then_some(text))
+    })
+}
+
+fn refused(lab: &Lab) -> Result<String> {
+    let mut text = String::new();
+    for node in NODES {
+        let records = lab.access_log(node)?;
+        let refused = records.iter().filter(|record| record.get("nodemesh.refusal").is_some());
+        text.extend(refused.map(|record| format!("\n{node}: {record}")));
+        let lines = lab.agent_log(node)?;
+        text.extend(
+            lines
+                .lines()
+                .filter(|line| line.contains("WARN") || line.contains("ERROR"))
+                .map(|line| format!("\n{node}: {line}")),
+        );
+    }
+    Ok(text)
+}
+
+/// Connections in the queues of the agents' listeners in the pods of a node.
+fn queued(lab: &Lab, node: &str) -> Result<usize> {
+    let mut sum = 0;
+    for pod in lab.state()?.pods.iter().filter(|pod| pod.node == node && pod.enrolled) {
+        let sockets = lab.shell(&pod.full_name(), "ss -Htln sport = :15001 or sport = :15006")?;
+        let queues = sockets
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(1)?.parse::<usize>().ok());
+        sum += queues.sum::<usize>();
+    }
+    Ok(sum)
 }
 
 #[test]
@@ -84,5 +112,214 @@ fn after_a_crash_service_is_back_within_a_second() -> Result<()> {
     println!("{:#}", short.finish()?);
     println!("worst recovery: {worst:?}");
     ensure!(worst < 3 * RECOVERY, "recovery took {worst:?}");
+    lab.down()
+}
+
+/// The source of everything in the labs of actors.
+const SOURCE: &str = "up/source";
+
+/// One source, and a destination on each node.
+fn roll(name: &str) -> Result<(Lab, tempfile::NamedTempFile)> {
+    let config = tempfile::NamedTempFile::new()?;
+    std::fs::write(config.path(), "drain: {patience: 5m, idle: 10s, alone: 1s}\n")?;
+    let documents = [
+        actors::namespace("up", true),
+        actors::source(SOURCE, "node-1"),
+        actors::destination("up/far", "node-2", &[]),
+        actors::destination("up/near", "node-1", &[]),
+        actors::service("up/far", "pod", "far"),
+        actors::service("up/near", "pod", "near"),
+    ];
+    let lab = LabConfig::test(name)
+        .kept()
+        .manifest(documents.concat())
+        .agent_arg(&format!("--config={}", config.path().display()));
+    Ok((Lab::up(lab)?, config))
+}
+
+/// Connections that are open all the time, and requests that never stop.
+struct Traffic {
+    loads: Vec<(&'static str, Load)>,
+    flows: Vec<(String, Background)>,
+    calls: Vec<Background>,
+}
+
+impl Traffic {
+    fn start(lab: &Lab) -> Result<Traffic> {
+        let (lines, rpc) = (actors::LINES.to_string(), actors::RPC.to_string());
+        let mut traffic = Traffic {
+            loads: vec![
+                ("kept, far", Load::start(lab, SOURCE, "http", "http://far/", 40)?),
+                ("kept, near", Load::start(lab, SOURCE, "http", "http://near/", 40)?),
+                ("kept, mostly idle", Load::start(lab, SOURCE, "http", "http://far/", 2)?),
+                ("new, far", Load::start(lab, SOURCE, "connect", "http://far/", 20)?),
+                ("new, near", Load::start(lab, SOURCE, "connect", "http://near/", 20)?),
+            ],
+            flows: Vec::new(),
+            calls: Vec::new(),
+        };
+        for host in ["far", "near"] {
+            let open = [
+                vec!["hold", host, &lines],
+                vec!["hold", host, "80", "upgrade"],
+                vec!["idle", host, &lines],
+                vec!["chat", host, &rpc],
+            ];
+            for words in open {
+                traffic
+                    .flows
+                    .push((words.join(" "), actors::start(lab, SOURCE, &words)?));
+            }
+            traffic.calls.push(actors::start(lab, SOURCE, &["calls", host, &rpc])?);
+        }
+        Ok(traffic)
+    }
+
+    /// Ends everything; not one request may have failed, and not one connection may have been cut.
+    fn finish(self, lab: &Lab) -> Result<()> {
+        self.finish_with(lab, 0)
+    }
+
+    /// The same, but so many requests may have been under way in an agent that was killed. Open connections were in none.
+    fn finish_with(self, lab: &Lab, cut_max: u64) -> Result<()> {
+        let (mut problems, mut cut) = (Vec::new(), 0);
+        for (what, load) in self.loads {
+            let seen = load.finish()?;
+            let requests = seen["requests"].as_u64().unwrap_or(0);
+            println!("{what}: {requests} requests, {}", seen["errors"]);
+            let served = seen["statuses"]["200"].as_u64().unwrap_or(0);
+            cut += requests - served;
+            if requests == 0 || requests - served > cut_max {
+                problems.push(format!("{what}: not all were served: {seen:#}"));
+            }
+        }
+        for (what, flow) in self.flows {
+            let end = actors::end_of(&flow.interrupt(LIMIT)?.stdout)?;
+            println!("{what}: {end}");
+            if end["how"] != "stopped" {
+                problems.push(format!("{what}: {end}"));
+            }
+        }
+        for calls in self.calls {
+            let end = actors::end_of(&calls.interrupt(LIMIT)?.stdout)?;
+            println!("calls: {end}");
+            let answers = end["answers"].as_object().context("no answers")?;
+            let failed = answers
+                .iter()
+                .filter(|(answer, _)| !["far", "near"].contains(&answer.as_str()));
+            let failed: u64 = failed.filter_map(|(_, count)| count.as_u64()).sum();
+            cut += failed;
+            if answers.is_empty() || failed > cut_max {
+                problems.push(format!("calls: {end}"));
+            }
+        }
+        if cut > cut_max {
+            problems.push(format!("{cut} requests failed, {cut_max} may"));
+        }
+        if !problems.is_empty() {
+            bail!("{}{}", problems.join("\n"), refused(lab)?);
+        }
+        Ok(())
+    }
+}
+
+/// Upgrades in a row.
+const ROUNDS: usize = 20;
+
+#[test]
+fn twenty_upgrades_in_a_row_lose_nothing() -> Result<()> {
+    let (lab, _config) = roll("roll")?;
+    let traffic = Traffic::start(&lab)?;
+    let began = Instant::now();
+    for round in 0..ROUNDS {
+        let node = NODES[round % 2];
+        lab.upgrade_agent(node)
+            .with_context(|| format!("upgrade {round} of {node}"))?;
+    }
+    println!("{ROUNDS} upgrades in {:?}", began.elapsed());
+    traffic.finish(&lab)?;
+    // Without connections there is nothing to wait for: the old generations end.
+    for node in NODES {
+        until("the end of the old generations", 4 * LIMIT, || {
+            let alive = lab.agent_pids(node)?;
+            ensure!(alive.len() == 1, "on {node} there are {alive:?}");
+            Ok(Some(()))
+        })?;
+    }
+    lab.down()
+}
+
+/// What an agent writes on its way before it accepts a connection, in this order.
+const NOT_SERVING: [&str; 3] = ["kernel programs attached", "snapshot loaded", "the keeper is found"];
+/// What it writes when it does.
+const SERVING: [&str; 3] = ["a pod is captured", "agent serves", "controller connected"];
+/// Requests that a killed agent may have carried.
+const CARRIED_MAX: u64 = 10;
+
+#[test]
+fn a_generation_that_dies_on_its_way_takes_nothing_with_it() -> Result<()> {
+    let (lab, _config) = roll("steps")?;
+    for (steps, cut_max) in [(NOT_SERVING, 0), (SERVING, CARRIED_MAX * 6)] {
+        let traffic = Traffic::start(&lab)?;
+        for (node, step) in NODES.into_iter().flat_map(|node| steps.map(|step| (node, step))) {
+            let before = lab.agent_log(node)?.len();
+            let generation = lab.spawn_agent(node)?;
+            until(&format!("{step:?} in the log of {node}"), LIMIT, || {
+                let log = lab.agent_log(node)?;
+                let news = log.get(before..).unwrap_or_default();
+                ensure!(news.contains(step), "{news}");
+                Ok(Some(()))
+            })?;
+            lab.kill_generation(node, generation)?;
+        }
+        // Those that lived through all this can still be replaced.
+        for node in NODES {
+            lab.upgrade_agent(node)?;
+        }
+        traffic.finish_with(&lab, cut_max)?;
+    }
+    let traffic = Traffic::start(&lab)?;
+    traffic.finish(&lab)?;
+    lab.down()
+}
+
+#[test]
+fn a_keeper_can_be_replaced_and_can_die() -> Result<()> {
+    let (lab, _config) = roll("keeper")?;
+    let traffic = Traffic::start(&lab)?;
+    let held = |node: &str| {
+        until("an agent whose keeper holds everything", LIMIT, || {
+            let ready = lab.admin(node, "/readyz")?;
+            ensure!(ready.contains("ok keeper"), "{ready}");
+            Ok(Some(()))
+        })
+    };
+    for node in NODES {
+        // A newer one takes all of it, and the older one may go.
+        let old = lab.keeper_pids(node)?;
+        lab.start_keeper(node)?;
+        lab.terminate(&old);
+        held(node)?;
+        lab.upgrade_agent(node)?;
+        // One that dies is given everything again by the agent.
+        lab.kill_keeper(node)?;
+        lab.start_keeper(node)?;
+        held(node)?;
+        lab.upgrade_agent(node)?;
+    }
+    traffic.finish(&lab)?;
+    let kibibytes = lab.memory(&lab.keeper_pids("node-1")?)?;
+    println!("the keeper has {kibibytes} KiB");
+    for node in NODES {
+        lab.kill_agent(node)?;
+    }
+    let waiting = lab.exec_background(SOURCE, &["curl", "-sS", "--fail", "--max-time", "30", "http://far/"])?;
+    until("a connection that waits", LIMIT, || {
+        Ok((queued(&lab, "node-1")? > 0).then_some(()))
+    })?;
+    for node in NODES {
+        lab.start_agent(node)?;
+    }
+    waiting.wait(LIMIT)?.ok()?;
     lab.down()
 }

@@ -83,11 +83,12 @@ pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
     let config = &worker.shared.config;
 
     let mut first = BytesMut::new();
-    // Under strict mutual TLS only a tunnel can follow, so silence is a handshake that does not begin.
-    let silence = if policy.mtls == MtlsMode::Strict {
-        config.handshake_timeout
-    } else {
-        config.silence
+    let silence = match (policy.mtls, policy.protocol) {
+        // Only a tunnel can follow, so silence is a handshake that does not begin.
+        (MtlsMode::Strict, _) => config.handshake_timeout,
+        // The source speaks first, be it a request or a tunnel whose agent has much to do.
+        (_, AppProtocol::Http1 | AppProtocol::Http2 | AppProtocol::Grpc) => crate::l7::Limits::default().idle_timeout,
+        (_, AppProtocol::Tcp | AppProtocol::Tls | AppProtocol::Detect) => config.silence,
     };
     let sniffed = match sniff::read_first(&stream, &mut first, silence, config.handshake_timeout).await {
         Ok(sniffed) => sniffed,

@@ -47,6 +47,8 @@ pub struct Pods {
     kept: Option<Kept>,
     /// Whether pods that an earlier agent captured and nobody wants any more have been retired.
     is_swept: bool,
+    /// Whether the workloads wanted are known to be the newest.
+    is_sure: bool,
 }
 
 /// A pod that the agent holds.
@@ -102,6 +104,7 @@ impl Pods {
             times: CaptureTimes::default(),
             kept: None,
             is_swept: false,
+            is_sure: true,
         })
     }
 
@@ -142,6 +145,12 @@ impl Pods {
         kept.connect();
         self.kept = Some(kept);
         self
+    }
+
+    /// Says whether the workloads wanted are known to be the newest. What the disk remembers may be older than what another
+    /// generation has captured meanwhile: as long as that is possible, nothing is retired that this agent does not hold.
+    pub fn set_sure(&mut self, is_sure: bool) {
+        self.is_sure = is_sure;
     }
 
     /// Whether there is a keeper that holds what it should; true without one.
@@ -227,7 +236,7 @@ impl Pods {
             .collect();
         let is_here_or_absent =
             |name: &ObjectName| self.held.contains_key(name) || problems.get(name).is_some_and(PodError::is_absence);
-        if !self.is_swept && enrolled.keys().all(|name| is_here_or_absent(name)) {
+        if !self.is_swept && self.is_sure && enrolled.keys().all(|name| is_here_or_absent(name)) {
             self.is_swept = self.retire_strangers();
         }
         if self.statuses.values().all(PodStatus::is_settled)
