@@ -13,9 +13,9 @@ use crate::{
     backend::Backend,
     identity::SpiffeId,
     policy::MtlsMode,
-    request::Request,
+    request::{Request, host_of},
     resilience::TrafficSettings,
-    route::{self, HeaderEdit, RouteAction, RouteChoice, RouteRule, WeightedBackend},
+    route::{self, FlowChoice, FlowTable, HeaderEdit, Hello, RouteAction, RouteChoice, RouteRule, WeightedBackend},
     view::{Destination, ServicePortView, View},
     workload::{AppProtocol, Endpoint, ObjectName, Workload},
 };
@@ -247,11 +247,16 @@ impl Story<'_> {
 
     fn follow_service(&mut self, source: &Workload, port: &ServicePortView, request: Option<&PlainRequest>) {
         let name = &port.service.name;
-        let protocol = port.port.protocol;
+        let namespace = &*source.name.namespace;
+        let protocol = port.protocol_for(namespace);
         let words = format!("service {name} port {} ({})", port.port.port, protocol_words(protocol));
         self.step("destination", None, words);
         let opaque = matches!(protocol, AppProtocol::Tcp | AppProtocol::Tls);
         let (Some(request), false) = (request, opaque) else {
+            let flows = port.flows.as_deref().filter(|flows| flows.has_routes_for(namespace));
+            if let Some(flows) = flows {
+                return self.follow_flow(source, flows, request);
+            }
             if port.routes.is_some() {
                 self.step(
                     "route",
@@ -277,6 +282,43 @@ impl Story<'_> {
                 self.ends.push(Verdict::Refused);
             }
             RouteChoice::Rule(rule) => self.follow_rule(source, port, rule, request),
+        }
+    }
+
+    /// A connection that carries no requests. One for a request is taken to ask for its host by name, where that matters.
+    fn follow_flow(&mut self, source: &Workload, flows: &FlowTable, request: Option<&PlainRequest>) {
+        let namespace = &*source.name.namespace;
+        let host = request.and_then(|request| request.authority.as_deref()).map(host_of);
+        let hello = match host.filter(|_| flows.asks_for_names(namespace)) {
+            Some(host) => Hello::Name(host),
+            None => Hello::NotTls,
+        };
+        let rule = match route::select_flow(flows, namespace, hello) {
+            FlowChoice::Rule(rule) => rule,
+            FlowChoice::NoMatch | FlowChoice::Unrouted => {
+                let words = "the port has routes for connections and none takes this one: it is reset";
+                self.step("route", None, words.to_owned());
+                return self.ends.push(Verdict::Refused);
+            }
+        };
+        let id = Some(rule.id.as_str());
+        let total: u64 = rule.backends.iter().map(|backend| u64::from(backend.weight)).sum();
+        if total == 0 {
+            self.step("route", id, "the rule has no backend with a weight: reset".to_owned());
+            return self.ends.push(Verdict::Refused);
+        }
+        for weighted in rule.backends.iter().filter(|backend| backend.weight > 0) {
+            let share = format!("{} of {total}", weighted.weight);
+            match &weighted.backend {
+                Ok(backend) => {
+                    self.step("route", id, format!("{share} connections to {}", backend.key));
+                    self.follow_backend(source, backend, None);
+                }
+                Err(bad) => {
+                    self.step("route", id, format!("{share} connections are reset: {bad}"));
+                    self.ends.push(Verdict::Refused);
+                }
+            }
         }
     }
 
@@ -310,6 +352,14 @@ impl Story<'_> {
             );
             self.ends.push(Verdict::Refused);
             return;
+        }
+        for mirror in &rule.mirrors {
+            let share = format!("{} of {} requests", mirror.numerator, mirror.denominator);
+            let words = match &mirror.backend {
+                Ok(backend) => format!("{share} are copied to {}", backend.key),
+                Err(bad) => format!("no copies: {bad}"),
+            };
+            self.step("route", Some(id), words);
         }
         for weighted in backends.iter().filter(|backend| backend.weight > 0) {
             let share = format!("{} of {total}", weighted.weight);

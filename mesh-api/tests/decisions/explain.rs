@@ -123,3 +123,39 @@ fn it_serializes_for_programs() {
         "{text}"
     );
 }
+
+#[test]
+fn routes_of_connections_are_told() {
+    let routes = r#"
+apiVersion: gateway.networking.k8s.io/v1
+kind: TLSRoute
+metadata: {name: names, namespace: shop}
+spec:
+  parentRefs: [{group: "", kind: Service, name: db, port: 5432}]
+  hostnames: [db.example]
+  rules: [{backendRefs: [{name: db, port: 5432, weight: 3}, {name: nobody, port: 1}]}]
+"#;
+    let view = view(routes);
+    let told = |host: Option<&str>| {
+        let request = host.map(|host| request(&format!("GET / {host}")));
+        let told = explain(&view, &name("web/front"), address("10.96.0.11:5432"), request.as_ref());
+        let steps: Vec<String> = told.steps.iter().map(|step| format!("{step:?}")).collect();
+        (told.verdict, steps.join("\n"))
+    };
+    let (verdict, steps) = told(Some("db.example"));
+    assert_eq!(verdict, Verdict::Depends);
+    for wanted in [
+        "tlsroute/shop/names/0",
+        "3 of 4 connections to shop/db:5432",
+        "1 of 4 connections are reset",
+    ] {
+        assert!(steps.contains(wanted), "{wanted:?} is not in\n{steps}");
+    }
+    for host in [Some("other.example"), None] {
+        let (verdict, steps) = told(host);
+        assert!(
+            verdict == Verdict::Refused && steps.contains("none takes this one"),
+            "{steps}"
+        );
+    }
+}

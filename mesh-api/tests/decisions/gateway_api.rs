@@ -4,8 +4,9 @@
 use mesh_api::{
     explain::PlainRequest,
     request::Request,
-    route::{RouteAction, RouteRule, redirect_location, rewrite_path},
+    route::{FlowChoice, Hello, RouteAction, RouteRule, redirect_location, rewrite_path, select_flow},
     view::View,
+    workload::AppProtocol,
 };
 
 use crate::world::{backends, request, routed, service_port, view_of};
@@ -576,5 +577,213 @@ fn a_consumer_route_acts_on_sources_of_its_own_namespace_only() {
     for (grant, wanted) in cases {
         let view = world(&format!("{other}{grant}"));
         assert_eq!(fate(&view, ECHO_V1, "consumer", &request("GET /")), wanted, "{grant}");
+    }
+}
+
+#[test]
+fn the_longer_service_and_method_take_a_call() {
+    let rule = |name: &str, matches: &str| {
+        format!("\n  - {{name: {name}, matches: [{matches}], backendRefs: [{{name: echo-v1, port: 7070}}]}}")
+    };
+    let rules = [
+        rule("any", "{}"),
+        rule("method", "{method: {method: Echo}}"),
+        rule("service", "{method: {service: a.Echo}}"),
+        rule("both", "{method: {service: a.Echo, method: Echo}}"),
+        rule(
+            "header",
+            "{method: {service: a.Echo, method: Echo}, headers: [{name: v, value: \"2\"}]}",
+        ),
+        rule("regex", "{method: {type: RegularExpression, service: 'b\\..*'}}"),
+        rule("only-header", "{headers: [{name: v, value: \"3\"}]}"),
+    ];
+    let view = world(&route(
+        "GRPCRoute",
+        "mesh",
+        "calls",
+        "name: echo, port: 7070",
+        &rules.concat(),
+    ));
+    let port = service_port(&view, "10.96.0.1:7070");
+    let cases = [
+        ("/a.Echo/Echo", "", "both"),
+        ("/a.Echo/Echo", "v: 2", "header"),
+        ("/a.Echo/Other", "", "service"),
+        ("/a.Echo/Other", "v: 3", "service"),
+        ("/c.Echo/Echo", "", "method"),
+        ("/b.Echo/Echo", "", "regex"),
+        ("/b.Echo/Other", "v: 3", "regex"),
+        ("/c.Echo/Other", "v: 3", "only-header"),
+        ("/c.Echo/Other", "", "any"),
+        ("/a.Echo/x/Echo", "", "method"),
+        ("/", "", "any"),
+        ("/Echo", "", "any"),
+    ];
+    for (path, header, wanted) in cases {
+        let line = format!("POST {path} echo content-type: application/grpc+proto; {header}");
+        let rule = routed(&port, "mesh", &request(&line)).unwrap();
+        assert_eq!(rule.id.as_str(), format!("grpcroute/mesh/calls/{wanted}"), "{line}");
+    }
+    // Without a rule for everything a call of something else has no way.
+    let some = world(&route(
+        "GRPCRoute",
+        "mesh",
+        "calls",
+        "name: echo, port: 7070",
+        &rules[3],
+    ));
+    assert_eq!(
+        fate(
+            &some,
+            "10.96.0.1:7070",
+            "mesh",
+            &request("POST /b.B/C echo content-type: application/grpc")
+        ),
+        "404"
+    );
+}
+
+#[test]
+fn calls_and_other_requests_of_one_port_go_by_their_own_routes() {
+    let both = format!(
+        "{}{}",
+        route(
+            "GRPCRoute",
+            "mesh",
+            "calls",
+            "name: echo, port: 7070",
+            "[{backendRefs: [{name: echo-v1, port: 7070}]}]"
+        ),
+        route(
+            "HTTPRoute",
+            "mesh",
+            "rest",
+            "name: echo, port: 7070",
+            "[{backendRefs: [{name: echo-v2, port: 7070}]}]"
+        ),
+    );
+    let view = world(&both);
+    for (kind, wanted) in [
+        ("application/grpc", "echo-v1:7070"),
+        ("application/grpc+proto", "echo-v1:7070"),
+        ("Application/gRPC; a=b", "echo-v1:7070"),
+        ("application/grpc-web", "echo-v2:7070"),
+        ("application/json", "echo-v2:7070"),
+    ] {
+        let line = format!("POST /a.A/B echo content-type: {kind}");
+        assert_eq!(fate(&view, "10.96.0.1:7070", "mesh", &request(&line)), wanted, "{line}");
+    }
+}
+
+/// What becomes of a connection to `echo:9090`: the backends with their weights, `reset`, or the service itself.
+fn connection(view: &View, source_namespace: &str, hello: Hello<'_>) -> String {
+    let port = service_port(view, "10.96.0.1:9090");
+    let Some(flows) = &port.flows else {
+        return "service".to_owned();
+    };
+    match select_flow(flows, source_namespace, hello) {
+        FlowChoice::Unrouted => "service".to_owned(),
+        FlowChoice::NoMatch => "reset".to_owned(),
+        FlowChoice::Rule(rule) => rule.id.to_string(),
+    }
+}
+
+#[test]
+fn connections_go_by_name_and_then_by_the_rest() {
+    let tcp = |namespace: &str, name: &str, parent: &str| {
+        route(
+            "TCPRoute",
+            namespace,
+            name,
+            parent,
+            "[{backendRefs: [{name: echo-v1, namespace: mesh, port: 9090}]}]",
+        )
+    };
+    let tls = |name: &str, hosts: &str| {
+        route(
+            "TLSRoute",
+            "mesh",
+            name,
+            "name: echo, port: 9090",
+            &format!("[{{backendRefs: [{{name: echo-v1, port: 9090}}]}}]\n  hostnames: {hosts}"),
+        )
+    };
+    let own = tcp("mesh", "own", "name: echo, port: 9090");
+    let names = format!(
+        "{}{}",
+        tls("whole", "[a.example]"),
+        tls("wild", "['*.example', '*.b.example']")
+    );
+    let all = format!("{names}{own}");
+    let consumer = format!(
+        "{names}{}",
+        tcp("consumer", "theirs", "name: echo, namespace: mesh, port: 9090")
+    );
+    let any = format!("{names}{}", tls("any", "[]"));
+    let cases = [
+        ("", "mesh", Hello::NotTls, "service"),
+        (&own, "mesh", Hello::NotTls, "tcproute/mesh/own/0"),
+        (&own, "mesh", Hello::Name("a.example"), "tcproute/mesh/own/0"),
+        (&names, "mesh", Hello::Name("a.example"), "tlsroute/mesh/whole/0"),
+        (&names, "mesh", Hello::Name("A.EXAMPLE"), "tlsroute/mesh/whole/0"),
+        (&names, "mesh", Hello::Name("b.example"), "tlsroute/mesh/wild/0"),
+        (&names, "mesh", Hello::Name("x.b.example"), "tlsroute/mesh/wild/0"),
+        (&names, "mesh", Hello::Name("example"), "reset"),
+        (&names, "mesh", Hello::Name("other"), "reset"),
+        (&names, "mesh", Hello::Name(""), "reset"),
+        (&names, "mesh", Hello::NoName, "reset"),
+        (&names, "mesh", Hello::NotTls, "reset"),
+        (&all, "mesh", Hello::Name("a.example"), "tlsroute/mesh/whole/0"),
+        (&all, "mesh", Hello::Name("other"), "tcproute/mesh/own/0"),
+        (&all, "mesh", Hello::NotTls, "tcproute/mesh/own/0"),
+        (
+            &consumer,
+            "consumer",
+            Hello::Name("a.example"),
+            "tcproute/consumer/theirs/0",
+        ),
+        (&consumer, "mesh", Hello::Name("a.example"), "tlsroute/mesh/whole/0"),
+        (&any, "mesh", Hello::NoName, "tlsroute/mesh/any/0"),
+        (&any, "mesh", Hello::Name("other"), "tlsroute/mesh/any/0"),
+        (&any, "mesh", Hello::NotTls, "reset"),
+    ];
+    for (routes, source, hello, wanted) in cases {
+        assert_eq!(
+            connection(&world(routes), source, hello),
+            wanted,
+            "{hello:?} from {source} under\n{routes}"
+        );
+    }
+}
+
+#[test]
+fn routes_for_connections_alone_make_a_port_opaque() {
+    let tcp = route(
+        "TCPRoute",
+        "mesh",
+        "t",
+        "name: echo, port: 80",
+        "[{backendRefs: [{name: echo-v1, port: 80}]}]",
+    );
+    let http = echo_route("[{backendRefs: [{name: echo-v2, port: 80}]}]");
+    let consumer = route(
+        "TCPRoute",
+        "consumer",
+        "c",
+        "name: echo, namespace: mesh, port: 80",
+        "[{backendRefs: [{name: echo, namespace: mesh, port: 80}]}]",
+    );
+    let cases = [
+        (String::new(), "mesh", AppProtocol::Http1),
+        (tcp.clone(), "mesh", AppProtocol::Tcp),
+        (tcp.clone(), "consumer", AppProtocol::Tcp),
+        (format!("{tcp}{http}"), "mesh", AppProtocol::Http1),
+        (consumer.clone(), "mesh", AppProtocol::Http1),
+        (consumer.clone(), "consumer", AppProtocol::Tcp),
+        (format!("{consumer}{http}"), "consumer", AppProtocol::Http1),
+    ];
+    for (routes, source, wanted) in cases {
+        let port = service_port(&world(&routes), ECHO);
+        assert_eq!(port.protocol_for(source), wanted, "{source} under\n{routes}");
     }
 }
