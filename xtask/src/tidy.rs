@@ -104,6 +104,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mesh-ctl", &["mesh-api"]),
     ("mesh-tests", &["mesh-abi", "mesh-api", "mesh-agent", "mesh-ctl"]),
     ("xtask", &["mesh-api", "mesh-tests"]),
+    ("mesh-benches", &["mesh-api", "mesh-agent"]),
 ];
 
 /// Words that do not belong into this tree, and why.
