@@ -30,6 +30,8 @@ pub struct Agent {
     version: String,
     abi_version: u32,
     held: Revision,
+    /// The revision that it acked to this process; what it only says that it holds is not one.
+    acked: Revision,
     nacked: Revision,
     nack_reason: String,
     last_seen: Option<SystemTime>,
@@ -198,6 +200,15 @@ impl Agents {
         all.into_values().collect()
     }
 
+    /// Whether the node's agent has acked this revision, and none since, to this process.
+    pub fn has_acked(&self, node: &str, revision: Revision) -> bool {
+        self.state
+            .lock()
+            .agents
+            .get(node)
+            .is_some_and(|agent| agent.acked == revision)
+    }
+
     /// Forgets disconnected agents of nodes that are gone.
     pub fn forget_gone(&self, exists: impl Fn(&str) -> bool) {
         let mut state = self.state.lock();
@@ -278,6 +289,7 @@ impl Session {
     pub fn acked(&self, revision: Revision, now: SystemTime) {
         self.update(|agent| {
             agent.held = revision;
+            agent.acked = revision;
             agent.last_seen = Some(now);
             if agent.nacked <= revision {
                 agent.nacked = Revision(0);

@@ -247,6 +247,7 @@ impl AgentStream {
         let base = match self.agents.take_joined(&node) {
             // What it holds may have been numbered by a store that is gone.
             true => None,
+            false if !self.source.is_lasting() && !self.agents.has_acked(&node, resume) => None,
             false => {
                 let source = self.source.clone();
                 let base = tokio::task::spawn_blocking(move || source.compiled_at(resume)).await;
@@ -257,6 +258,7 @@ impl AgentStream {
         let held = if resume <= self.source.summary().revision {
             resume
         } else {
+            self.source.outrun(resume);
             Revision(0)
         };
         let session = self.agents.connect(

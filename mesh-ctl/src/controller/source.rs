@@ -105,6 +105,11 @@ pub trait Source: Send + Sync + 'static {
     fn current(&self) -> Arc<Compiled>;
     /// The revision of that number, if an agent that holds it can be brought on from it. May block on a disk.
     fn compiled_at(&self, revision: Revision) -> Option<Arc<Compiled>>;
+    /// Whether a number means the same revision for ever. If not, only an agent that acked it to this very process
+    /// resumes by it.
+    fn is_lasting(&self) -> bool;
+    /// An agent holds a revision that is newer than any that is known here.
+    fn outrun(&self, held: Revision);
     /// Where it stands.
     fn summary(&self) -> Summary;
     /// The documents that match; an empty field matches everything.

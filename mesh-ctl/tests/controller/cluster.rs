@@ -1054,3 +1054,58 @@ async fn a_large_cluster_is_no_trouble() {
     println!("20 changes in {revisions} revisions, after {:?}", began.elapsed());
     assert!(revisions <= 10, "changes that come together are joined: {revisions}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_lease_does_not_start_the_numbers_over_for_agents() {
+    let api = FakeApi::start().await;
+    shop(&api);
+    let mut replica = Replica::start(&api, "one");
+    let doors = replica.serves();
+    // It got its revision from a leader whose Lease somebody has deleted.
+    let (mut agent, _) = agent(&api, doors, "node-1", 70_000).await;
+    let newest = take_until(&mut agent, |update| revision_of(update) > 70_000).await;
+    let lease = api.get(
+        "coordination.k8s.io/v1",
+        "Lease",
+        "nodemesh-system",
+        "nodemesh-controller",
+    );
+    let reserved = &lease.unwrap()["metadata"]["annotations"]["nodemesh.io/revision-reserved"];
+    let reserved: u64 = reserved.as_str().unwrap().parse().unwrap();
+    assert!(reserved >= revision_of(&newest));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_number_that_was_not_acked_here_is_no_base_for_a_delta() {
+    let api = FakeApi::start().await;
+    shop(&api);
+    let mut replica = Replica::start(&api, "one");
+    let doors = replica.serves();
+    let (mut first, identity) = agent(&api, doors, "node-1", 0).await;
+    let held = revision_of(&first.take().await);
+    let again = || async {
+        let client = connect_with(doors.agents, roots(&api), Some(&identity)).await.unwrap();
+        Agent::open(client, "node-1", held).await.unwrap()
+    };
+    // Acked here: it goes on from there. The first update is the first change since.
+    let mut second = again().await;
+    api.apply(service("later", "10.96.0.60"));
+    let update = second.next().await.unwrap();
+    assert!(
+        matches!(update, Update::Delta { from, .. } if from.0 == held),
+        "{update:?}"
+    );
+
+    // The same number, from an agent that got it elsewhere: another row of numbers may have had it.
+    let token = agent_pod(&api, "agent-2", "node-2");
+    let identity = join(&api, doors, "node-2", &token).await.unwrap();
+    let open = || async {
+        let client = connect_with(doors.agents, roots(&api), Some(&identity)).await.unwrap();
+        Agent::open(client, "node-2", held).await.unwrap()
+    };
+    // Twice: the first connection after a join gets a snapshot anyway.
+    for _ in 0..2 {
+        let update = open().await.next().await.unwrap();
+        assert!(matches!(update, Update::Snapshot { .. }), "{update:?}");
+    }
+}

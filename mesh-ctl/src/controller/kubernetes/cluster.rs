@@ -51,6 +51,8 @@ struct State {
     made: SystemTime,
     synced: bool,
     withheld: Option<String>,
+    /// The numbers of the term that this replica leads.
+    numbers: Option<Arc<Numbers>>,
 }
 
 /// See the module.
@@ -93,6 +95,7 @@ impl Cluster {
                 made: SystemTime::UNIX_EPOCH,
                 synced: false,
                 withheld: None,
+                numbers: None,
             }),
             publisher: Publisher::default(),
             metrics,
@@ -138,7 +141,6 @@ impl Cluster {
             cluster: &self,
             waiting: watches::kinds().collect(),
             listed: BTreeMap::new(),
-            numbers: None,
             forced: false,
         };
         // When the first and the last of the unpublished changes came.
@@ -152,11 +154,11 @@ impl Cluster {
                     let began = Instant::now();
                     if tokio::task::block_in_place(|| writer.compile()) {
                         dirty = None;
+                        not_before = Instant::now() + began.elapsed() * (COMPILE_SHARE - 1);
                     } else {
-                        // Numbers ran out: the Lease brings more.
-                        dirty = Some((Instant::now(), Instant::now()));
+                        // The next renewal of the Lease brings numbers.
+                        not_before = Instant::now() + WAIT_MAX;
                     }
-                    not_before = Instant::now() + (Instant::now() - began) * (COMPILE_SHARE - 1);
                 }
                 note = notes.recv() => {
                     let Some(note) = note else { return };
@@ -169,7 +171,7 @@ impl Cluster {
                     if changed.is_err() {
                         return;
                     }
-                    writer.numbers = leading.borrow_and_update().clone();
+                    self.state.write().numbers = leading.borrow_and_update().clone();
                     self.publisher.reset();
                     writer.forced = true;
                     dirty = Some((Instant::now(), Instant::now()));
@@ -190,7 +192,6 @@ struct Writer<'a> {
     waiting: BTreeSet<Kind>,
     /// What a list that is going on has shown.
     listed: BTreeMap<Kind, BTreeSet<DocumentKey>>,
-    numbers: Option<Arc<Numbers>>,
     forced: bool,
 }
 
@@ -244,11 +245,15 @@ impl Writer<'_> {
         if !state.synced || state.withheld.is_some() {
             return true;
         }
+        let numbers = state.numbers.clone();
+        if numbers.as_ref().is_some_and(|numbers| numbers.are_used_up()) {
+            return false;
+        }
         let compiled = Compiled::new(Revision(0), set, &self.cluster.trust_domain, Some(before));
         if !self.forced && compiled.same_resources(before) {
             return true;
         }
-        let revision = match &self.numbers {
+        let revision = match &numbers {
             // A replica that waits has everything ready but the number.
             None => Revision(0),
             Some(numbers) => match numbers.take() {
@@ -275,7 +280,7 @@ impl Writer<'_> {
         let documents = state.set.len();
         drop(state);
         self.forced = false;
-        if self.numbers.is_some() {
+        if numbers.is_some() {
             self.cluster.publisher.remember(compiled.clone());
             self.cluster.publisher.publish(compiled);
             self.cluster.metrics.published(revision, began.elapsed());
@@ -379,6 +384,20 @@ impl Source for Cluster {
     /// Only what this term has published: another leader may have compiled the same number otherwise.
     fn compiled_at(&self, revision: Revision) -> Option<Arc<Compiled>> {
         self.publisher.find(revision, || None)
+    }
+
+    /// Numbers outlive a leader, and what they stand for does not; a lost Lease starts them over.
+    fn is_lasting(&self) -> bool {
+        false
+    }
+
+    /// The Lease that had the numbers is lost: agents take no older revision, so that the numbers go on above.
+    fn outrun(&self, held: Revision) {
+        let numbers = self.state.read().numbers.clone();
+        if numbers.is_some_and(|numbers| numbers.raise(held)) {
+            tracing::warn!(%held, "an agent holds more than was ever published here: the numbers go on above");
+            self.force();
+        }
     }
 
     fn summary(&self) -> Summary {

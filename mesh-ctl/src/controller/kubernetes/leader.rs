@@ -31,6 +31,8 @@ pub const LEASE: &str = "nodemesh-controller";
 pub const RESERVED: &str = "nodemesh.io/revision-reserved";
 /// How many numbers a leader reserves beyond those in use.
 const BLOCK: u64 = 1000;
+/// No agent is believed to hold more: as much as every JSON reader can say, and never reached by counting.
+const HELD_MAX: u64 = 1 << 53;
 
 /// The times of an election.
 #[derive(Clone, Copy, Debug)]
@@ -62,19 +64,30 @@ impl Numbers {
         }
     }
 
-    /// The next number; `None` until the Lease has reserved more. One task takes numbers.
+    /// The next number; `None` until the Lease has reserved more.
     pub fn take(&self) -> Option<Revision> {
-        let next = self.used.load(Ordering::Acquire) + 1;
-        (next <= self.reserved.load(Ordering::Acquire)).then(|| {
-            self.used.store(next, Ordering::Release);
-            Revision(next)
-        })
+        let reserved = self.reserved.load(Ordering::Acquire);
+        let next = |used: u64| (used < reserved).then_some(used + 1);
+        let taken = self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        taken.ok().map(|used| Revision(used + 1))
+    }
+
+    /// Goes on above `held`, which somebody got from a row of numbers that is lost; `false` if there is nothing to do.
+    pub fn raise(&self, held: Revision) -> bool {
+        // A margin: who comes next may hold a little more.
+        let beyond = held.0.min(HELD_MAX) + BLOCK;
+        held.0 <= HELD_MAX && self.used.fetch_max(beyond, Ordering::AcqRel) < held.0
+    }
+
+    /// Whether there is no number left until the Lease has reserved more.
+    pub fn are_used_up(&self) -> bool {
+        self.used.load(Ordering::Acquire) >= self.reserved.load(Ordering::Acquire)
     }
 
     /// What the next renewal should reserve.
     fn wanted(&self) -> u64 {
         let (used, reserved) = (self.used.load(Ordering::Acquire), self.reserved.load(Ordering::Acquire));
-        if reserved - used < BLOCK / 2 {
+        if reserved.saturating_sub(used) < BLOCK / 2 {
             used + BLOCK
         } else {
             reserved
@@ -442,6 +455,12 @@ mod tests {
         }
         first.reserved.store(first.wanted(), Ordering::Release);
         assert_eq!(first.take(), Some(Revision(BLOCK + 1)));
+        // Somebody holds more, from a Lease that is lost: numbers go on above, once they are reserved.
+        assert!(!first.raise(Revision(5)) && !first.raise(Revision(u64::MAX)));
+        assert!(first.raise(Revision(9 * BLOCK)));
+        assert!(first.are_used_up() && first.take().is_none());
+        first.reserved.store(first.wanted(), Ordering::Release);
+        assert_eq!(first.take(), Some(Revision(10 * BLOCK + 1)));
         // Whoever comes next begins at the bound, whatever was used of it.
         let next = Numbers::new(2 * BLOCK, 3 * BLOCK);
         assert_eq!(next.take(), Some(Revision(2 * BLOCK + 1)));

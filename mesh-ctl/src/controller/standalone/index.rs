@@ -357,6 +357,15 @@ impl Source for Index {
         })
     }
 
+    fn is_lasting(&self) -> bool {
+        true
+    }
+
+    /// The store is older than the mesh, which only the operator can set right: the agents go on by what they hold.
+    fn outrun(&self, held: Revision) {
+        tracing::error!(%held, newest = %self.summary().revision, "an agent holds more than the store: was it restored?");
+    }
+
     fn summary(&self) -> Summary {
         let state = self.state();
         Summary {
