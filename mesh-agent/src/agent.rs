@@ -35,7 +35,7 @@ use crate::{
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
     kernel::{self, Kernel, KernelConfig, memory::Memory, node_addresses},
     net::SystemClock,
-    pods::{CaptureTimes, Discovery, GateConfig, Leave, PodStatus, Pods, Sandboxes, WorkerCommand},
+    pods::{self, CaptureTimes, Discovery, GateConfig, Leave, PodStatus, Pods, Sandboxes, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
     view::{AgentReport, SyncConfig, SyncHealth, ViewStore, ViewSync},
     worker::Shared,
@@ -93,7 +93,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
     let traffic = Traffic::new();
 
     let (senders, receivers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| mpsc::channel(COMMANDS_MAX)).unzip();
-    let (pods, sandboxes) = discover(&config, &kernel, pods(&config, &kernel, &senders).await?)?;
+    let (pods, sandboxes) = discover(&config, &kernel, open_pods(&config, &kernel, &senders).await?)?;
     let (trigger, drain) = drain::channel();
     let shared = Arc::new(Shared {
         node: config.node.as_str().into(),
@@ -218,6 +218,12 @@ fn discover(
     let Some(kubernetes) = &config.kubernetes else {
         return Ok((pods, None));
     };
+    if let Some(problem) = pods::blindness() {
+        tracing::error!(
+            problem,
+            "pods cannot be found; those that the mesh does not know stay refused"
+        );
+    }
     let discovery = Discovery::open(&config.kernel.cgroup, &kubernetes.pod_logs).context("the pods' cgroups")?;
     let gate = GateConfig {
         refuses: kubernetes.refuses_unclassified,
@@ -238,7 +244,11 @@ fn uptime() -> Option<Duration> {
 }
 
 /// The pods, with the keeper if there should be one.
-async fn pods(config: &AgentConfig, kernel: &Arc<Kernel>, workers: &[mpsc::Sender<WorkerCommand>]) -> Result<Pods> {
+async fn open_pods(
+    config: &AgentConfig,
+    kernel: &Arc<Kernel>,
+    workers: &[mpsc::Sender<WorkerCommand>],
+) -> Result<Pods> {
     let pods = Pods::new(kernel.clone(), workers.to_vec())?;
     let Some(keeper) = &config.keeper else {
         return Ok(pods);

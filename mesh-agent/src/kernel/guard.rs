@@ -1,14 +1,17 @@
 //! The guard against pods that nobody has looked at: see `mesh_abi::guard`.
 //!
 //! While it is up, a network namespace below a guarded cgroup must be enrolled or known, else what it connects to is
-//! refused. It outlives the agent as captured pods do: a pod that is born while no agent lives stays refused until one
+//! refused; and what arrives in one that the agent has closed. It outlives the agent as captured pods do: a pod that is born while no agent lives stays refused until one
 //! has looked at it.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, os::fd::BorrowedFd, path::Path};
 
 use mesh_abi::{Config, GUARD_OFF, GUARD_REFUSE};
 
-use super::{Kernel, KernelError, NetnsCookie, cgroup};
+use super::{
+    Kernel, KernelError, NetnsCookie, cgroup,
+    links::{self, steer_pin},
+};
 
 /// A namespace that was refused because it is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +69,18 @@ impl Kernel {
     /// Every namespace that is known, also by an earlier agent.
     pub fn known(&self) -> Result<BTreeSet<NetnsCookie>, KernelError> {
         Ok(self.maps.known.keys()?.into_iter().map(NetnsCookie).collect())
+    }
+
+    /// Refuses what arrives in a namespace, until it is captured or released. Its addresses are nobody's yet.
+    pub fn close(&self, cookie: NetnsCookie, netns: BorrowedFd<'_>) -> Result<(), KernelError> {
+        let _writer = self.writer.lock();
+        links::steer(&self.pin_dir, cookie, &self.steer_program, netns)
+    }
+
+    /// Takes that back; a namespace that was not closed is no error. Not for captured pods: see [`Kernel::retire`].
+    pub fn open(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
+        let _writer = self.writer.lock();
+        links::unpin(&self.pin_dir.join(steer_pin(cookie)))
     }
 
     /// The namespaces refused since the last call.

@@ -6,14 +6,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::unix::fs::MetadataExt,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use mesh_api::workload::{ObjectName, Workload};
 
-use super::{Chain, NetnsCookie, PodError, PodUid, Sandbox, Sandboxes};
+use super::{Chain, Netns, NetnsCookie, PodError, PodUid, Sandbox, Sandboxes};
 use crate::kernel::{Kernel, KernelError, Stranger};
 
 /// How deep below a pod's cgroup the processes of a namespace of its own may be.
@@ -68,6 +68,8 @@ pub struct Gate {
     /// Namespaces that processes of a pod made for themselves.
     nested: BTreeMap<NetnsCookie, PodUid>,
     is_raised: bool,
+    /// Strangers' namespaces, in which nothing arrives.
+    closed: BTreeSet<NetnsCookie>,
     /// Sandboxes that were there before the agent and should have been captured; none before the first view.
     cold: Option<BTreeSet<NetnsCookie>>,
 }
@@ -85,6 +87,7 @@ impl Gate {
             sandboxes: Arc::default(),
             nested: BTreeMap::new(),
             is_raised: false,
+            closed: BTreeSet::new(),
             cold: None,
         })
     }
@@ -94,9 +97,14 @@ impl Gate {
         self.sandboxes = sandboxes;
     }
 
-    /// The pod's sandbox.
+    /// The pod's sandbox. That of a static pod goes by its name: the API has given the pod a UID of its own.
     pub fn sandbox(&self, workload: &Workload) -> Option<&Sandbox> {
-        self.sandboxes.get(&PodUid::new(&workload.uid)?)
+        let uid = PodUid::new(&workload.uid)?;
+        let is_static =
+            |(uid, sandbox): &(&PodUid, &Sandbox)| uid.is_static() && sandbox.pod.as_ref() == Some(&workload.name);
+        self.sandboxes
+            .get(&uid)
+            .or_else(|| self.sandboxes.iter().find(is_static).map(|(_, sandbox)| sandbox))
     }
 
     /// The sandbox of a pod that is to be captured, or why there is none.
@@ -144,9 +152,10 @@ impl Gate {
     }
 
     fn know(&mut self, cookie: NetnsCookie) {
-        match self.kernel.know(cookie) {
+        match self.kernel.know(cookie).and_then(|()| self.kernel.open(cookie)) {
             Ok(()) => {
                 self.known.insert(cookie);
+                self.closed.remove(&cookie);
             }
             Err(error) => tracing::error!(%cookie, error = %Chain(&error), "a pod outside the mesh stays refused"),
         }
@@ -160,16 +169,36 @@ impl Gate {
             .iter()
             .filter_map(|workload| Some((PodUid::new(&workload.uid)?, &**workload)))
             .collect();
+        let by_name: BTreeMap<&ObjectName, &Workload> = workloads
+            .unwrap_or_default()
+            .iter()
+            .map(|workload| (&workload.name, &**workload))
+            .collect();
+        let workload_of = |uid: &PodUid, sandbox: &Sandbox| {
+            let by_name = || by_name.get(sandbox.pod.as_ref().filter(|_| uid.is_static())?).copied();
+            by_uid.get(uid).copied().or_else(by_name)
+        };
         let mut wanted = BTreeSet::from([self.home]);
         let sandboxes = self.sandboxes.clone();
         let class_of = |uid: &PodUid, sandbox: &Sandbox, is_captured: bool| {
-            let workload = by_uid.get(uid).copied();
-            class(&self.config, is_captured, workload, sandbox.pod.as_ref())
+            class(
+                &self.config,
+                is_captured,
+                workload_of(uid, sandbox),
+                sandbox.pod.as_ref(),
+            )
         };
+        let mut strangers = BTreeMap::new();
         for (uid, sandbox) in sandboxes.iter() {
-            let Some(cookie) = sandbox.cookie() else { continue };
-            if class_of(uid, sandbox, captured.contains(&cookie)) == Class::Known {
-                wanted.insert(cookie);
+            let Some(netns) = &sandbox.netns else { continue };
+            match class_of(uid, sandbox, captured.contains(&netns.cookie())) {
+                Class::Captured => {}
+                Class::Known => {
+                    wanted.insert(netns.cookie());
+                }
+                Class::Stranger => {
+                    strangers.insert(netns.cookie(), netns.clone());
+                }
             }
         }
         // A namespace within an enrolled pod would be a way around the mesh.
@@ -200,6 +229,40 @@ impl Gate {
         }
         if workloads.is_some() && !self.is_raised {
             self.raise();
+        }
+        if self.is_raised && self.config.refuses {
+            self.close(&strangers, captured);
+        }
+    }
+
+    /// Closes the strangers' namespaces, and forgets those that are strangers no more: captured, known, or gone.
+    fn close(&mut self, strangers: &BTreeMap<NetnsCookie, Arc<Netns>>, captured: &BTreeSet<NetnsCookie>) {
+        for (cookie, netns) in strangers {
+            if self.closed.contains(cookie) {
+                continue;
+            }
+            match self.kernel.close(*cookie, netns.as_fd()) {
+                Ok(()) => {
+                    self.closed.insert(*cookie);
+                }
+                Err(error) => tracing::error!(%cookie, error = %Chain(&error), "a stranger can be reached"),
+            }
+        }
+        let others: Vec<NetnsCookie> = self
+            .closed
+            .iter()
+            .filter(|c| !strangers.contains_key(c))
+            .copied()
+            .collect();
+        for cookie in others {
+            // A captured pod has taken the link over.
+            if !captured.contains(&cookie)
+                && let Err(error) = self.kernel.open(cookie)
+            {
+                tracing::warn!(%cookie, error = %Chain(&error), "a link of a pod that is gone stays");
+                continue;
+            }
+            self.closed.remove(&cookie);
         }
     }
 

@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 use crate::kernel::{KernelError, NetnsCookie};
 
 pub use directory::Directory;
-pub use discover::{Discovery, PodUid, Sandbox, Sandboxes};
+pub use discover::{Discovery, PodUid, Sandbox, Sandboxes, blindness};
 pub use gate::GateConfig;
 pub use latency::CaptureTimes;
 pub use netns::Netns;

@@ -378,7 +378,9 @@ impl Pods {
             held.is_timed = true;
             let workload = held.pod.workload();
             if let Some(sandbox) = gate.sandbox(&workload).filter(|sandbox| sandbox.is_new) {
-                self.times.note(Instant::now().duration_since(sandbox.seen));
+                let took = Instant::now().duration_since(sandbox.born);
+                tracing::debug!(pod = %name, took_ms = took.as_millis(), "a new pod is captured and served");
+                self.times.note(took);
             }
         }
     }
@@ -615,7 +617,11 @@ impl Held {
         kernel.enrol(&capture)?;
         self.reservation = (!reservations.is_empty()).then(|| reservations.join("; "));
         self.is_enrolled = true;
-        tracing::info!(pod = %self.pod.name(), cookie = %self.pod.cookie(), "a pod is captured");
+        if self.is_timed {
+            tracing::debug!(pod = %self.pod.name(), "what is known of a captured pod has changed");
+        } else {
+            tracing::info!(pod = %self.pod.name(), cookie = %self.pod.cookie(), "a pod is captured");
+        }
         Ok(())
     }
 }

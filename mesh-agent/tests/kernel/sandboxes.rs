@@ -19,13 +19,16 @@ use tokio::{sync::watch, time::timeout};
 use crate::{
     listen_outside,
     pods::{self, Worker, reconcile_and_serve, status},
-    world::{Cgroup, PATIENCE, Program, World, accept},
+    world::{Cgroup, PATIENCE, Program, World, accept, is_refused},
 };
 
 const UID: &str = "0a3f7c52-9d1e-4b6a-8f00-1234567890ab";
+/// What the kubelet calls a static pod.
+const STATIC: &str = "0123456789abcdef0123456789abcdef";
 
 /// A node with one pod. Fields are dropped in this order: cgroups from the inside out.
 struct Node {
+    uid: &'static str,
     container: Option<Cgroup>,
     pod: Option<Cgroup>,
     _kubepods: Cgroup,
@@ -47,6 +50,10 @@ impl Drop for Node {
 
 impl Node {
     fn new() -> Node {
+        Node::with_uid(UID)
+    }
+
+    fn with_uid(uid: &'static str) -> Node {
         let mut world = World::new();
         let tree = Cgroup::new(&world, "node");
         let kubepods = tree.child("kubepods");
@@ -61,6 +68,7 @@ impl Node {
         let kernel = world.take_kernel();
         let (pods, workers) = pods::pods(&kernel, 1);
         Node {
+            uid,
             container: None,
             pod: None,
             _kubepods: kubepods,
@@ -76,13 +84,13 @@ impl Node {
     }
 
     fn path(&self) -> PathBuf {
-        self.tree.path().join("kubepods").join(format!("pod{UID}"))
+        self.tree.path().join("kubepods").join(format!("pod{}", self.uid))
     }
 
     /// Makes the pod's cgroup, a container's in it, and a process in that and in the pod's network namespace.
     async fn start(&mut self) -> Program {
         let kubepods = &self._kubepods;
-        let pod = kubepods.child(&format!("pod{UID}"));
+        let pod = kubepods.child(&format!("pod{}", self.uid));
         let container = pod.child("sandbox");
         let pause = container.run(&self.world.netns_path(), "import signal\nsignal.pause()");
         (self.pod, self.container) = (Some(pod), Some(container));
@@ -144,19 +152,28 @@ async fn a_pod_is_refused_then_known_then_captured_then_known_then_forgotten() {
     let cookie = node.world.cookie();
     node.pods.reconcile(&[]).await;
     let pause = node.start().await;
+    let ip = node.world.pod_ip(false);
+    let application = node.world.in_pod(move || TcpListener::bind((ip, 0))).unwrap();
+    let inside = application.local_addr().unwrap();
     assert_eq!(node.attempt(address), "ECONNREFUSED", "nobody knows it");
     node.pods.reconcile(&[]).await;
+    let arrives = || node.world.outside(move || TcpStream::connect(inside));
+    assert!(is_refused(&arrives()), "nothing arrives there either");
     assert_eq!(node.attempt(address), "ECONNREFUSED", "the API does not know it");
 
     node.pods.reconcile(&[node.workload(false)]).await;
     assert_eq!(node.attempt(address), "ok", "not enrolled");
+    arrives().unwrap();
+    accept(std::slice::from_ref(&application));
     assert!(!status(&node.pods).captured && node.pods.is_settled());
 
     let enrolled = node.workload(true);
-    let (outbound, _inbound) = reconcile_and_serve(&mut node.pods, &mut node.workers, &[enrolled.clone()]).await;
+    let (outbound, inbound) = reconcile_and_serve(&mut node.pods, &mut node.workers, &[enrolled.clone()]).await;
     assert!(status(&node.pods).captured, "{:?}", status(&node.pods));
     assert_eq!(node.attempt(address), "ok");
     accept(&outbound);
+    arrives().unwrap();
+    accept(&inbound);
     let found = node.pods.directory().by_address(node.world.pod_ip(false));
     assert_eq!(
         found.unwrap().cookie(),
@@ -169,6 +186,8 @@ async fn a_pod_is_refused_then_known_then_captured_then_known_then_forgotten() {
 
     node.pods.reconcile(&[node.workload(false)]).await;
     assert_eq!(node.attempt(address), "ok", "retired");
+    arrives().unwrap();
+    accept(std::slice::from_ref(&application));
     assert_eq!(node.kernel.known().unwrap(), BTreeSet::from([home(), cookie]));
 
     node.end(pause).await;
@@ -323,4 +342,19 @@ fn what_a_pod_has_connected_is_ended_and_what_it_has_accepted_goes_on() {
         }
         assert_eq!(sever(world.netns()).unwrap(), 0);
     }
+}
+
+#[tokio::test]
+async fn a_static_pod_goes_by_its_name() {
+    let mut node = Node::with_uid(STATIC);
+    let (_outside, address) = listen_outside(&node.world, false);
+    fs::create_dir(node.logs.path().join(format!("shop_cart_{STATIC}"))).unwrap();
+    let _pause = node.start().await;
+    // The API's UID is that of the mirror pod.
+    node.pods.reconcile(&[node.workload(false)]).await;
+    assert_eq!(node.attempt(address), "ok", "not enrolled");
+    let enrolled = [node.workload(true)];
+    let (outbound, _inbound) = reconcile_and_serve(&mut node.pods, &mut node.workers, &enrolled).await;
+    assert_eq!(node.attempt(address), "ok");
+    accept(&outbound);
 }

@@ -47,8 +47,9 @@ pub struct Sandbox {
     pub cgroup: PathBuf,
     /// The pod's name, as the kubelet's directory of its logs has it.
     pub pod: Option<ObjectName>,
-    /// When its cgroup was first seen.
-    pub seen: Instant,
+    /// When it was born: the last look at which no process was in its network namespace; before there is one, when
+    /// its cgroup was first seen.
+    pub born: Instant,
     /// Whether it was made under our eyes.
     pub is_new: bool,
     /// Whether its processes are in the node's own network namespace.
@@ -167,6 +168,17 @@ impl Discovery {
             !is_same
         });
     }
+}
+
+/// Why no pod will ever be found here, if so: other processes cannot be seen, or not looked into.
+pub fn blindness() -> Option<String> {
+    if std::process::id() == 1 {
+        return Some("the node's processes are not seen, which needs hostPID".to_owned());
+    }
+    let error = Netns::inode_at(Path::new("/proc/1/ns/net")).err()?;
+    Some(format!(
+        "the namespaces of other processes, which need CAP_SYS_PTRACE: {error}"
+    ))
 }
 
 /// Mount points of version 1 hierarchies, those first in which every runtime makes a cgroup per container.

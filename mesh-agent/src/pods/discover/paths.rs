@@ -32,6 +32,11 @@ impl PodUid {
         is_good.then(|| PodUid(text.replace('_', "-").to_ascii_lowercase().into()))
     }
 
+    /// Whether it is that of a static pod: a hash, which the API server does not know. There the pod has another UID.
+    pub fn is_static(&self) -> bool {
+        !self.0.contains('-')
+    }
+
     /// The UID's text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -28,6 +28,10 @@ use crate::{kernel::node_addresses, pods::Netns};
 
 /// The first wait before a cgroup is looked at again.
 const WAIT_MIN: Duration = Duration::from_millis(2);
+/// The longest while a sandbox is young: its process is about to come.
+const WAIT_YOUNG: Duration = Duration::from_millis(10);
+/// How long it is young.
+const YOUNG: Duration = Duration::from_secs(5);
 /// The longest.
 const WAIT_MAX: Duration = Duration::from_secs(1);
 /// How long processes may be in the node's network namespace only before that is taken for the pod's own.
@@ -62,6 +66,7 @@ struct Track {
     dir: PathBuf,
     containers: BTreeSet<OsString>,
     sandbox: Option<Sandbox>,
+    last_look: Option<Instant>,
     next_look: Option<Instant>,
     wait: Duration,
 }
@@ -217,6 +222,7 @@ impl Tracker {
             dir: dir.to_owned(),
             containers: BTreeSet::new(),
             sandbox: None,
+            last_look: None,
             next_look: None,
             wait: WAIT_MIN,
         });
@@ -275,14 +281,15 @@ impl Track {
 
     fn look(&mut self, uid: &PodUid, proc: &Path, home: Inode, now: Instant) {
         self.next_look = None;
+        let last_look = self.last_look.replace(now);
         if self.containers.is_empty() {
-            self.sandbox = None;
+            (self.sandbox, self.last_look) = (None, None);
             return;
         }
         let sandbox = self.sandbox.get_or_insert_with(|| Sandbox {
             cgroup: self.dir.clone(),
             pod: None,
-            seen: now,
+            born: now,
             is_new: false,
             host_network: false,
             netns: None,
@@ -291,16 +298,25 @@ impl Track {
         let is_done = match sight(&self.dir, &self.containers, proc, home) {
             Sight::Pod(pid, inode) => {
                 if sandbox.netns.as_ref().is_none_or(|netns| netns.inode() != inode) {
-                    sandbox.move_to(uid, &proc.join(format!("{pid}/ns/net")), inode, now);
+                    sandbox.is_new |= sandbox.netns.is_some();
+                    sandbox.move_to(uid, &proc.join(format!("{pid}/ns/net")), inode);
+                    // At the first look the cgroup's own age is all that is known.
+                    let age = || newest(&self.dir, &self.containers).min(YOUNG);
+                    sandbox.born = last_look.unwrap_or_else(|| now.checked_sub(age()).unwrap_or(now));
                 }
                 sandbox.host_network = false;
+                let had_addresses = !sandbox.addresses.is_empty();
                 sandbox.find_addresses();
+                if !had_addresses && !sandbox.addresses.is_empty() {
+                    let after_ms = Instant::now().duration_since(sandbox.born).as_millis();
+                    tracing::debug!(pod = %uid, addresses = ?sandbox.addresses, after_ms, "a sandbox is found");
+                }
                 sandbox.netns.is_some() && !sandbox.addresses.is_empty()
             }
             Sight::Home => {
                 sandbox.netns = None;
                 sandbox.addresses.clear();
-                sandbox.host_network = now.duration_since(sandbox.seen) >= HOST_NETWORK_AFTER;
+                sandbox.host_network = now.duration_since(sandbox.born) >= HOST_NETWORK_AFTER;
                 sandbox.host_network
             }
             // Either it has not begun or it is ending. A namespace that nobody is in is let go.
@@ -312,16 +328,15 @@ impl Track {
         };
         if !is_done {
             self.next_look = Some(now + self.wait);
-            self.wait = (self.wait * 2).min(WAIT_MAX);
+            let is_young = now.duration_since(sandbox.born) < YOUNG;
+            self.wait = (self.wait * 2).min(if is_young { WAIT_YOUNG } else { WAIT_MAX });
         }
     }
 }
 
 impl Sandbox {
-    fn move_to(&mut self, uid: &PodUid, path: &Path, inode: Inode, now: Instant) {
-        if self.netns.take().is_some() {
-            (self.seen, self.is_new) = (now, true);
-        }
+    fn move_to(&mut self, uid: &PodUid, path: &Path, inode: Inode) {
+        self.netns = None;
         self.addresses.clear();
         match Netns::open(path) {
             // The process may have ended and another taken its number.
@@ -344,6 +359,15 @@ impl Sandbox {
             }
         }
     }
+}
+
+/// How old the newest container's cgroup is.
+fn newest(dir: &Path, containers: &BTreeSet<OsString>) -> Duration {
+    let ages = containers.iter().filter_map(|name| {
+        let metadata = fs::metadata(dir.join(name)).ok()?;
+        metadata.modified().ok()?.elapsed().ok()
+    });
+    ages.min().unwrap_or_default()
 }
 
 /// The pod of that UID, by the name of its directory of logs: `<namespace>_<name>_<uid>`, which the kubelet makes

@@ -1,0 +1,417 @@
+//! Pods of a real kubelet: found, guarded, captured and let go, with nothing restarted and nothing left behind.
+
+use std::process::{Child, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use mesh_tests::{
+    Output,
+    cluster::{Cluster, Scope},
+};
+
+/// The test image: Python, a shell, curl.
+const IMAGE: &str = "localhost/nodemesh/test:dev";
+
+/// Answers each line with `<number> <peer>`; more than one connection at a time.
+const ECHO: &str = "
+import socketserver
+class Echo(socketserver.StreamRequestHandler):
+    def handle(self):
+        for number, line in enumerate(self.rfile):
+            self.wfile.write(f'{number} {self.client_address[0]}\\n'.encode())
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+Server(('', 7000), Echo).serve_forever()
+";
+
+/// Answers HTTP on 8080.
+const WEB: &str = "
+import http.server
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header('content-length', '3')
+        self.end_headers()
+        self.wfile.write(b'ok\\n')
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(('', 8080), Answer).serve_forever()
+";
+
+/// Asks the echo at $TO once in a while over one connection and prints each answer; ends when it breaks.
+const ASKER: &str = "
+import os, socket, time
+host, port = os.environ['TO'].rsplit(':', 1)
+s = socket.create_connection((host, int(port)), timeout=10)
+lines = s.makefile('rw')
+while True:
+    lines.write('hello\\n')
+    lines.flush()
+    answer = lines.readline()
+    if not answer:
+        raise SystemExit('closed')
+    print(answer.strip(), flush=True)
+    time.sleep(0.05)
+";
+
+/// A pod that runs a Python program. `more` continues its container.
+fn pod(name: &str, program: &str, more: &str) -> String {
+    let program = serde_json::Value::from(program);
+    format!(
+        "---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, labels: {{app: {name}}}}}
+spec:
+  terminationGracePeriodSeconds: 0
+  restartPolicy: Never
+  enableServiceLinks: false
+  containers:
+  - name: main
+    image: {IMAGE}
+    imagePullPolicy: Never
+    command: [python3, -u, -c, {program}]
+{more}"
+    )
+}
+
+/// Puts a pod onto a node.
+fn on_node(pod: &str, node: &str) -> String {
+    pod.replacen("\nspec:\n", &format!("\nspec:\n  nodeName: {node}\n"), 1)
+}
+
+fn strict(scope: &Scope) -> Result<()> {
+    scope.apply(&format!(
+        "apiVersion: nodemesh.io/v1alpha1
+kind: MeshPolicy
+metadata: {{name: strict}}
+spec: {{targetRefs: [{{kind: Namespace, name: {}}}], mtls: {{mode: strict}}}}",
+        scope.namespace()
+    ))?;
+    Ok(())
+}
+
+/// A pod's address, as soon as it is Ready.
+fn address(scope: &Scope, name: &str) -> Result<String> {
+    scope.condition(scope.namespace(), &format!("pod/{name}"), "Ready")?;
+    let pod = scope.get(scope.namespace(), "pod", name)?;
+    let ip = pod["status"]["podIP"].as_str();
+    ip.map(String::from).context("a Ready pod has an address")
+}
+
+/// What the agents hold of a kind: entries of a kernel map on every node.
+fn entries(cluster: &Cluster, map: &str) -> Result<f64> {
+    let nodes = 1..=cluster.nodes()?;
+    nodes
+        .map(|node| {
+            Ok(cluster
+                .metrics(node)?
+                .sum("nodemesh_agent_map_entries", &[("map", map)]))
+        })
+        .sum()
+}
+
+fn verdicts(cluster: &Cluster, reason: &str) -> Result<f64> {
+    let nodes = 1..=cluster.nodes()?;
+    nodes
+        .map(|node| {
+            let metrics = cluster.metrics(node)?;
+            Ok(metrics.sum("nodemesh_agent_kernel_verdicts_total", &[("reason", reason)]))
+        })
+        .sum()
+}
+
+#[test]
+fn a_pod_that_connects_at_once_is_in_the_mesh_and_its_end_leaves_nothing() -> Result<()> {
+    const PODS: usize = 20;
+    let scope = Scope::new(&Cluster::shared()?, "birth", "nodemesh.io/mesh: enabled")?;
+    strict(&scope)?;
+    scope.apply(&pod("web", WEB, ""))?;
+    let web = address(&scope, "web")?;
+    scope.until("the web pod is captured", || {
+        Ok(is_captured(&scope, "web")?.then_some(()))
+    })?;
+    let before = (entries(&scope, "PODS")?, entries(&scope, "KNOWN")?);
+    let fds = |scope: &Scope| -> Result<f64> { Ok(scope.metrics(1)?.sum("process_open_fds", &[])) };
+    let fds_before = fds(&scope)?;
+
+    // The web pod is strict: what reaches it came through the mesh. Nobody waits, nobody retries.
+    let program = format!("import urllib.request\nprint(urllib.request.urlopen('http://{web}:8080/').read())");
+    for round in 0..3 {
+        let pods: String = (0..PODS)
+            .map(|n| pod(&format!("early-{round}-{n}"), &program, ""))
+            .collect();
+        scope.apply(&pods)?;
+        scope.until("every pod ends well", || {
+            let pods = scope.list(scope.namespace(), "pods", "app!=web")?;
+            let phase = |wanted: &str| pods.iter().filter(|pod| pod["status"]["phase"] == wanted).count();
+            ensure!(phase("Failed") == 0, "{}", scope.describe(scope.namespace()));
+            Ok((phase("Succeeded") == PODS).then_some(()))
+        })?;
+        scope.run(&["delete", "pods", "-l", "app!=web", "--wait=true"])?;
+    }
+    scope.until("the kernel's maps are as before", || {
+        let now = (entries(&scope, "PODS")?, entries(&scope, "KNOWN")?);
+        Ok((now.0 <= before.0 && now.1 <= before.1).then_some(()))
+    })?;
+    scope.until("descriptors are as before", || {
+        // Tunnels that idle are not leaks.
+        Ok((fds(&scope)? <= fds_before + 16.0).then_some(()))
+    })?;
+    Ok(())
+}
+
+#[test]
+fn a_pod_that_nobody_has_classified_is_refused_until_the_api_tells() -> Result<()> {
+    let cluster = Cluster::shared()?;
+    let scope = Scope::new(&cluster, "stranger", "")?;
+    scope.apply(&pod("web", WEB, ""))?;
+    let web = address(&scope, "web")?;
+    let before = verdicts(&scope, "outbound-unclassified")?;
+    let paused = Paused::controllers(&cluster)?;
+    let program = format!(
+        "import errno, socket, time
+while True:
+    try:
+        socket.create_connection(('{web}', 8080), timeout=5)
+        print('connected', flush=True)
+    except OSError as error:
+        print(errno.errorcode.get(error.errno, error), flush=True)
+    time.sleep(0.1)"
+    );
+    scope.apply(&pod("new", &program, ""))?;
+    let said = |what: &str| {
+        scope.until(&format!("the pod says {what}"), || {
+            let log = scope.try_kubectl(&["logs", "-n", scope.namespace(), "new", "--tail=3"])?;
+            Ok(log.stdout.contains(what).then_some(()))
+        })
+    };
+    said("ECONNREFUSED")?;
+    assert!(verdicts(&scope, "outbound-unclassified")? > before);
+    drop(paused);
+    said("connected")?;
+    let log = scope.logs(scope.namespace(), "new")?;
+    let (first, last) = (
+        log.lines().next().unwrap_or_default(),
+        log.lines().last().unwrap_or_default(),
+    );
+    assert!(first.ends_with("ECONNREFUSED") && last.ends_with("connected"), "{log}");
+    Ok(())
+}
+
+/// Controllers that do nothing for a while.
+struct Paused {
+    cluster: Cluster,
+    pids: Vec<(usize, String)>,
+}
+
+impl Paused {
+    fn controllers(cluster: &Cluster) -> Result<Paused> {
+        let mut paused = Paused {
+            cluster: cluster.clone(),
+            pids: Vec::new(),
+        };
+        for node in 1..=cluster.nodes()? {
+            let found = cluster.exec_on_node(node, &["pgrep", "-f", "^/mesh-ctl controller"])?;
+            for pid in found.stdout.lines() {
+                paused.pids.push((node, pid.to_owned()));
+                cluster.exec_on_node(node, &["kill", "-STOP", pid])?.ok()?;
+            }
+        }
+        ensure!(!paused.pids.is_empty(), "no controller runs");
+        Ok(paused)
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        for (node, pid) in &self.pids {
+            if let Err(error) = self.cluster.exec_on_node(*node, &["kill", "-CONT", pid]) {
+                eprintln!("a controller stays paused: {error:#}");
+            }
+        }
+    }
+}
+
+#[test]
+fn connections_from_before_enrolment_go_on_through_enrolment_and_retirement() -> Result<()> {
+    let scope = Scope::new(&Cluster::shared()?, "change", "")?;
+    scope.apply(&pod("echo", ECHO, ""))?;
+    let echo = address(&scope, "echo")?;
+    let environment = format!("    env: [{{name: TO, value: \"{echo}:7000\"}}]\n");
+    scope.apply(&pod("asker", ASKER, &environment))?;
+    address(&scope, "asker")?;
+    let answers = || -> Result<usize> {
+        let log = scope.run(&["logs", "asker", "--tail=1"])?;
+        let number = log.split_whitespace().next().and_then(|number| number.parse().ok());
+        Ok(number.unwrap_or(0))
+    };
+    let goes_on = |when: &str| -> Result<()> {
+        let now = answers()?;
+        scope.until(&format!("the connection goes on {when}"), || {
+            Ok((answers()? > now + 10).then_some(()))
+        })
+    };
+    let captured = |wanted: bool| {
+        let pods = ["echo", "asker"];
+        scope.until(&format!("captured: {wanted}"), || {
+            let uncaptured = pods.iter().filter(|pod| is_captured(&scope, pod).ok() != Some(wanted));
+            Ok((uncaptured.count() == 0).then_some(()))
+        })
+    };
+    goes_on("before the mesh")?;
+    scope.label("nodemesh.io/mesh=enabled")?;
+    captured(true)?;
+    goes_on("when both ends are enrolled")?;
+    let through_the_mesh = scope.exec("asker", &["python3", "-c", &asks_once(&echo)])?;
+    assert!(through_the_mesh.ok()?.starts_with("0 "));
+    scope.label("nodemesh.io/mesh-")?;
+    captured(false)?;
+    goes_on("when both ends are retired")?;
+    let pod = scope.get(scope.namespace(), "pod", "asker")?;
+    assert_eq!(pod["status"]["phase"], "Running", "it ends when its connection does");
+    Ok(())
+}
+
+/// A program that asks the echo once over a connection of its own.
+fn asks_once(echo: &str) -> String {
+    format!(
+        "import socket
+lines = socket.create_connection(('{echo}', 7000), timeout=10).makefile('rw')
+lines.write('x\\n')
+lines.flush()
+print(lines.readline())"
+    )
+}
+
+/// Whether the agent of a pod's node has captured it.
+fn is_captured(scope: &Scope, name: &str) -> Result<bool> {
+    let pod = scope.get(scope.namespace(), "pod", name)?;
+    let node = pod["spec"]["nodeName"].as_str().context("the pod runs")?;
+    let mesh_ctl = mesh_tests::mesh::find_programs()?.join("mesh-ctl");
+    let output: Output = scope.command(mesh_ctl).args(["status", "-o", "json"]).output()?.into();
+    let status: serde_json::Value = serde_json::from_str(&output.ok()?)?;
+    let agents = status["agents"].as_array().context("status lists agents")?;
+    let agent = agents.iter().find(|agent| agent["node"] == node);
+    let pods = agent.and_then(|agent| agent["pods"].as_array());
+    let found = pods.and_then(|pods| {
+        pods.iter()
+            .find(|pod| pod["namespace"] == scope.namespace() && pod["name"] == name)
+    });
+    Ok(found.is_some_and(|pod| pod["captured"] == true))
+}
+
+#[test]
+fn the_kubelets_probes_pass_under_strict_and_nobody_elses() -> Result<()> {
+    let cluster = Cluster::shared()?;
+    let scope = Scope::new(&cluster, "probed", "nodemesh.io/mesh: enabled")?;
+    let plain = Scope::new(&cluster, "prober", "")?;
+    strict(&scope)?;
+    let probes = "    startupProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
+    livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, failureThreshold: 2}
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, failureThreshold: 1}
+";
+    scope.apply(&on_node(&pod("web", WEB, probes), "node1"))?;
+    let web = address(&scope, "web")?;
+    let probed = verdicts(&cluster, "inbound-probe")?;
+    cluster.until("probes go on", || {
+        Ok((verdicts(&cluster, "inbound-probe")? > probed + 5.0).then_some(()))
+    })?;
+    let pod_now = scope.get(scope.namespace(), "pod", "web")?;
+    assert_eq!(pod_now["status"]["containerStatuses"][0]["restartCount"], 0);
+
+    // The same port, asked by others: a pod outside the mesh, and another node.
+    plain.apply(&pod("curl", "import time\ntime.sleep(3600)", ""))?;
+    address(&plain, "curl")?;
+    let url = format!("http://{web}:8080/");
+    let by_pod = plain.exec("curl", &["curl", "-sS", "--max-time", "5", &url])?;
+    assert!(!by_pod.status.success(), "{by_pod}");
+    assert!(cluster.http_on_node(1, &url).is_ok(), "this node's own");
+    if cluster.nodes()? > 1 {
+        let by_node = cluster.http_on_node(2, &url);
+        assert!(by_node.is_err(), "another node's: {by_node:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn exec_logs_and_port_forward_reach_a_captured_pod() -> Result<()> {
+    let cluster = Cluster::shared()?;
+    let scope = Scope::new(&cluster, "reached", "nodemesh.io/mesh: enabled")?;
+    strict(&scope)?;
+    scope.apply(&pod("web", &format!("print('begins', flush=True)\n{WEB}"), ""))?;
+    address(&scope, "web")?;
+    assert!(scope.exec("web", &["echo", "hello"])?.ok()?.contains("hello"));
+    assert!(scope.logs(scope.namespace(), "web")?.contains("begins"));
+    let mut forward = scope.kubectl_command(&["port-forward", "-n", scope.namespace(), "pod/web", "18080:8080"]);
+    let mut forward = Killed(forward.stdout(Stdio::null()).spawn().context("kubectl port-forward")?);
+    let answer = cluster.until("the forwarded port answers", || {
+        ensure!(forward.0.try_wait()?.is_none(), "kubectl port-forward ended");
+        let mut curl = cluster.command("curl");
+        let output: Output = curl
+            .args(["-sS", "--max-time", "5", "http://127.0.0.1:18080/"])
+            .output()?
+            .into();
+        output.ok().map(Some)
+    })?;
+    assert_eq!(answer, "ok\n");
+    Ok(())
+}
+
+/// A program that ends with the test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ended_already = self.0.kill();
+        let _status = self.0.wait();
+    }
+}
+
+#[test]
+fn a_pod_of_the_nodes_network_is_left_alone() -> Result<()> {
+    let scope = Scope::new(&Cluster::shared()?, "hosted", "nodemesh.io/mesh: enabled")?;
+    scope.apply(&pod("web", WEB, ""))?;
+    let web = address(&scope, "web")?;
+    let sleep = "import time\ntime.sleep(3600)";
+    let hosted = pod("hosted", sleep, "").replacen("\nspec:\n", "\nspec:\n  hostNetwork: true\n", 1);
+    scope.apply(&hosted)?;
+    address(&scope, "hosted")?;
+    assert!(!is_captured(&scope, "hosted")?);
+    let url = format!("http://{web}:8080/");
+    // Permissive: its connections are plaintext, and go on.
+    let answer = scope.exec("hosted", &["curl", "-sS", "--max-time", "5", &url])?.ok()?;
+    assert_eq!(answer, "ok\n");
+    Ok(())
+}
+
+#[test]
+fn captures_follow_births_within_a_tenth_of_a_second() -> Result<()> {
+    const PODS: usize = 40;
+    let cluster = Cluster::shared()?;
+    let scope = Scope::new(&cluster, "quick", "nodemesh.io/mesh: enabled")?;
+    let count = |bound: Option<&str>| -> Result<f64> {
+        let nodes = 1..=cluster.nodes()?;
+        let of = |node| {
+            let metrics = cluster.metrics(node)?;
+            Ok(match bound {
+                Some(le) => metrics.sum("nodemesh_agent_capture_seconds_bucket", &[("le", le)]),
+                None => metrics.sum("nodemesh_agent_capture_seconds_count", &[]),
+            })
+        };
+        nodes.map(of).sum()
+    };
+    let (all_before, quick_before) = (count(None)?, count(Some("0.1"))?);
+    // One after the other: what a burst of births takes is the runtime's affair.
+    for n in 0..PODS {
+        scope.apply(&pod(&format!("pod-{n}"), "import time\ntime.sleep(3600)", ""))?;
+        scope.until("the pod's capture is counted", || {
+            Ok((count(None)? >= all_before + 1.0 + n as f64).then_some(()))
+        })?;
+    }
+    let (all, quick) = (count(None)? - all_before, count(Some("0.1"))? - quick_before);
+    println!("{quick} of {all} captures within 100 ms of the sandbox's birth");
+    // One may fall to a neighbour of this machine.
+    assert!(quick >= all - 1.0, "{quick} of {all}");
+    Ok(())
+}
