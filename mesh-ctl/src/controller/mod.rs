@@ -99,7 +99,15 @@ pub enum LogFormat {
 /// Sets the log up; `RUST_LOG` filters it.
 fn log_to_stderr(format: LogFormat) {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let wanted = std::env::var("RUST_LOG").unwrap_or_default();
+    let wanted = if wanted.is_empty() { "info".to_owned() } else { wanted };
+    // Each failed request is told by whoever made it; the client tells it a second time, as an error.
+    let quiet = if wanted.contains("kube_client") {
+        ""
+    } else {
+        ",kube_client=off"
+    };
+    let filter = EnvFilter::try_new(format!("{wanted}{quiet}")).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
