@@ -50,17 +50,23 @@ spec: {{selector: {{pod: greeter}}, ports: [{{port: {GREETS}}}]}}
     [
         actors::namespace("shop", true),
         actors::namespace("away", true),
+        actors::namespace("legacy", false),
         actors::source(SOURCE, "node-1"),
         actors::destination("shop/one", "node-1", &[("app", "web")]),
         actors::destination("shop/two", "node-2", &[("app", "web")]),
         actors::destination("shop/copy", "node-2", &[]),
         actors::destination("away/far", "node-2", &[]),
+        actors::destination("legacy/outside", "node-2", &[]),
         actors::service("shop/web", "app", "web"),
         actors::service("shop/one", "pod", "one"),
         actors::service("shop/two", "pod", "two"),
         actors::service("shop/copy", "pod", "copy"),
         actors::service("away/far", "pod", "far"),
         greeter,
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: outside, namespace: shop}}\n\
+             spec: {{ports: [{{name: http, port: 80}}, {{name: tcp-lines, port: {LINES}}}]}}\n"
+        ),
     ]
     .concat()
 }
@@ -398,6 +404,40 @@ fn what_a_rule_does_beside_sending_on() -> Result<()> {
         ensure!(answers[0].status == 500, "{answers:?}");
         delete(&lab, "HTTPRoute", "shop", "web").context("delete")
     });
+    checks.check(
+        "a service without a selector leads to addresses outside the mesh, also by routes",
+        || {
+            let outside = lab.pod_ip("legacy/outside")?;
+            apply(
+                &lab,
+                &format!(
+                    "apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: outside-1, namespace: shop, labels: {{kubernetes.io/service-name: outside}}}}
+addressType: IPv4
+ports: [{{name: http, port: 8080}}, {{name: tcp-lines, port: {LINES}}}]
+endpoints: [{{addresses: [{outside}], conditions: {{ready: true}}}}]
+"
+                ),
+            )?;
+            let own = lab.service_ip("shop/outside")?.to_string();
+            let answers = requests(json!([{"path": "/direct"}])).ask(&lab, SOURCE, &own, 80)?;
+            ensure!(answers[0].from() == "outside", "{answers:?}");
+            apply(&lab, &http("[{backendRefs: [{name: outside, port: 80}]}]"))?;
+            let answers = ask(&lab, json!([{"path": "/routed"}]))?;
+            ensure!(answers[0].from() == "outside", "{answers:?}");
+            let want = [
+                ("url.path", json!("/routed")),
+                ("nodemesh.route", json!("httproute/shop/web/0")),
+            ];
+            expect_record(&lab, "node-1", &want)?;
+            let to_outside = format!("  rules: [{{backendRefs: [{{name: outside, port: {LINES}}}]}}]\n");
+            apply(&lab, &route("TCPRoute", "flows", LINES, &to_outside))?;
+            expect(&flows(&lab, "line", LINES, &[], 2)?, &[("outside", 2)])?;
+            delete(&lab, "TCPRoute", "shop", "flows")?;
+            delete(&lab, "HTTPRoute", "shop", "web")
+        },
+    );
     checks.finish("filters");
     lab.down()
 }

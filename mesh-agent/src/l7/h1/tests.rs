@@ -21,7 +21,8 @@ use tokio::{
 use super::serve;
 use crate::{
     l7::{
-        Attempt, Attempted, End, Facts, Fault, Forward, GrpcStatus, Handler, Limits, Reply, ServeError, Target, Verdict,
+        Attempt, Attempted, COPY_BYTES_MAX, CopyTo, End, Facts, Fault, Forward, GrpcStatus, Handler, Limits, Reply,
+        RequestCopy, ServeError, Target, Verdict,
     },
     transport::Transport,
 };
@@ -1252,6 +1253,82 @@ fn time_limits_hold() {
         bench.expect("HTTP/1.1 408 ").await;
         let bench = Bench::new(limits, Vec::new(), Box::new(|_, _| Ok(Forward::default()))).await;
         bench.expect_closed().await;
+    });
+}
+
+#[test]
+fn copies_are_the_requests_as_they_came() {
+    let long = "x".repeat(COPY_BYTES_MAX + 1);
+    let long = format!(
+        "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{long}",
+        long.len()
+    );
+    // The pieces that are sent, and whether a copy is given.
+    let cases: &[(&[&str], bool)] = &[
+        (&[GET], true),
+        (&["POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello"], true),
+        (
+            &[
+                "POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhel",
+                "lo",
+                "hello",
+            ],
+            true,
+        ),
+        (
+            &[
+                "POST / HTTP/1.1\r\nhost: a\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nab",
+                "c\r\n0\r\nx-t: 1\r\n\r\n",
+            ],
+            true,
+        ),
+        (&[&long], false),
+    ];
+    run(async {
+        for (pieces, given) in cases {
+            let (copies_in, mut copies) = mpsc::channel(8);
+            let decide: Decide = Box::new(move |_, _| {
+                let copies = copies_in.clone();
+                let copy = CopyTo::new(move |copy| match copy {
+                    RequestCopy::Http1(bytes) => copies.try_send(bytes).unwrap(),
+                    RequestCopy::Http2(_) => panic!("a stream"),
+                });
+                Ok(Forward {
+                    copy: Some(copy),
+                    ..Forward::default()
+                })
+            });
+            let mut bench = Bench::new(Limits::default(), vec![StatusCode::BAD_GATEWAY], decide).await;
+            let mut app = None;
+            for piece in *pieces {
+                bench.send(piece).await;
+                if app.is_none() {
+                    app = Some(bench.app().await);
+                }
+            }
+            let mut app = app.unwrap();
+            let whole = pieces.concat();
+            // Whatever the application makes of it, it reads all of it before it answers.
+            let mut read = Vec::new();
+            let end = if whole.contains("chunked") {
+                "\r\n\r\n"
+            } else {
+                &whole[whole.len() - 4..]
+            };
+            while !read.ends_with(end.as_bytes()) || read.len() < whole.len() / 2 {
+                let mut buffer = vec![0; 64 * 1024];
+                let count = within(app.0.read(&mut buffer)).await.unwrap();
+                assert_ne!(count, 0, "{}", String::from_utf8_lossy(&read));
+                read.extend_from_slice(&buffer[..count]);
+            }
+            app.send(OK).await;
+            bench.expect(OK).await;
+            bench.end().await;
+            let copy = copies.try_recv().ok();
+            let text = copy.as_ref().map(|copy| String::from_utf8_lossy(copy));
+            assert_eq!(text.as_deref(), given.then_some(&*whole), "{pieces:?}");
+            assert!(copies.try_recv().is_err(), "two copies of {pieces:?}");
+        }
     });
 }
 
