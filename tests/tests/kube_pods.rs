@@ -341,7 +341,12 @@ fn exec_logs_and_port_forward_reach_a_captured_pod() -> Result<()> {
     strict(&scope)?;
     scope.apply(&pod("web", &format!("print('begins', flush=True)\n{WEB}"), ""))?;
     address(&scope, "web")?;
-    assert!(scope.exec("web", &["echo", "hello"])?.ok()?.contains("hello"));
+    assert!(
+        scope
+            .exec("web", &["python3", "-c", "print('hello')"])?
+            .ok()?
+            .contains("hello")
+    );
     assert!(scope.logs(scope.namespace(), "web")?.contains("begins"));
     let mut forward = scope.kubectl_command(&["port-forward", "-n", scope.namespace(), "pod/web", "18080:8080"]);
     let mut forward = Killed(forward.stdout(Stdio::null()).spawn().context("kubectl port-forward")?);

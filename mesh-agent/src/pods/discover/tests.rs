@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::*;
 
@@ -106,9 +106,9 @@ async fn until(discovery: &mut Discovery, what: &str, wanted: impl Fn(Option<&Sa
             }
             let next = discovery.tracker.next_look().unwrap_or(Instant::now() + SCAN);
             // Without scans: what the kernel tells must be enough.
-            tokio::select! {
-                changes = discovery.inotify.changes() => discovery.turn(changes.unwrap(), false),
-                () = sleep_until(next) => discovery.turn(Vec::new(), false),
+            match timeout_at(next, discovery.inotify.changes()).await {
+                Ok(changes) => discovery.turn(changes.unwrap(), false),
+                Err(_time_to_look_again) => discovery.turn(Vec::new(), false),
             }
         }
     };
