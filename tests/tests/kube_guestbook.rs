@@ -3,14 +3,8 @@
 //!
 //! nginx (C) asks the guestbook (Python), which asks redis (C), the news (Go) and the clock (Rust) for each page.
 
-use std::{process::Stdio, thread::JoinHandle};
-
-use anyhow::{Context, Result, ensure};
-use mesh_tests::{
-    cluster::{Cluster, SYSTEM, Scope},
-    process::Output,
-};
-use serde_json::Value;
+use anyhow::{Context, Result};
+use mesh_tests::cluster::{Cluster, SYSTEM, Scope, load};
 
 const CONFIGURATION: &str = r#"
 apiVersion: v1
@@ -169,88 +163,14 @@ spec: {{selector: {{app: {name}}}, ports: [{{port: {service_port}, targetPort: {
     )
 }
 
-const SOURCE: &str = r#"
----
-apiVersion: v1
-kind: Pod
-metadata: {name: load, labels: {app: load}}
-spec:
-  terminationGracePeriodSeconds: 0
-  containers:
-  - {name: main, image: "localhost/nodemesh/test:dev", command: [sleep, infinity]}
-"#;
-
-/// Requests that go on in the source pod until they are stopped.
-struct Load {
-    stop: String,
-    running: JoinHandle<Result<Output>>,
-}
-
-impl Load {
-    /// `kind` is lab-load's: `http` keeps its connections, `connect` makes one for each request.
-    fn start(scope: &Scope, kind: &str, number: usize) -> Result<Load> {
-        let stop = format!("/tmp/stop-{number}");
-        let words = [
-            "exec",
-            "-n",
-            scope.namespace(),
-            "load",
-            "--",
-            "lab-load",
-            kind,
-            "http://web/sign",
-        ];
-        let options = [
-            "--connections",
-            "2",
-            "--rate",
-            "10",
-            "--seconds",
-            "600",
-            "--timeout",
-            "20",
-            "--stop",
-            &stop,
-        ];
-        let mut command = scope.kubectl_command(&[&words[..], &options[..]].concat());
-        command.stdin(Stdio::null());
-        let running = std::thread::spawn(move || Ok(command.output().context("run kubectl")?.into()));
-        Ok(Load { stop, running })
-    }
-
-    /// Stops and gives what was counted.
-    fn stop(self, scope: &Scope) -> Result<Value> {
-        scope
-            .exec("load", &["sh", "-c", &format!("echo > {}", self.stop)])?
-            .ok()?;
-        let output = self
-            .running
-            .join()
-            .ok()
-            .context("the thread of a load panicked")??
-            .ok()?;
-        serde_json::from_str(&output).with_context(|| format!("what lab-load wrote: {output}"))
-    }
-}
-
-/// Does something under load; not one request may fail.
-fn under_load(scope: &Scope, what: &str, number: usize, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let kept = Load::start(scope, "http", 2 * number)?;
-    let new = Load::start(scope, "connect", 2 * number + 1)?;
-    // It passes before, during and after.
-    let worked = until_signed(scope, 20)
-        .and_then(|()| work())
-        .and_then(|()| until_signed(scope, 40));
-    for (kind, load) in [("kept", kept), ("new", new)] {
-        let counted = load.stop(scope)?;
-        let asked = counted["requests"].as_u64().unwrap_or_default();
-        let good = counted["statuses"]["200"].as_u64().unwrap_or_default();
-        println!("{what}, {kind} connections: {counted}");
-        let said = || format!("{what}, {kind} connections: {counted}\n{}", failures(scope));
-        ensure!(good == asked, "failed requests: {}", said());
-        ensure!(asked > 10, "hardly a request was made: {}", said());
-    }
-    worked.with_context(|| what.to_string())
+/// Does something under load, which passes before, during and after; not one request may fail.
+fn under_load(scope: &Scope, name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let loaded = load::under_load(scope, "http://web/sign", name, || {
+        until_signed(scope, 20)?;
+        work()?;
+        until_signed(scope, 40)
+    });
+    loaded.with_context(|| failures(scope))
 }
 
 /// Waits until the guestbook has so many new entries.
@@ -311,17 +231,17 @@ fn until_meshed(scope: &Scope, meshed: bool) -> Result<()> {
 fn no_request_fails_on_the_way_into_the_mesh_and_out_of_it() -> Result<()> {
     let scope = Scope::new(&Cluster::shared()?, "kube-guestbook", "")?;
     let parts: String = PARTS.iter().map(manifest).collect();
-    scope.apply(&[CONFIGURATION, &parts, SOURCE].concat())?;
+    scope.apply(&[CONFIGURATION, &parts, load::POD].concat())?;
     for part in &PARTS {
         scope.rolled_out(scope.namespace(), &format!("deployment/{}", part.name))?;
     }
     scope.condition(scope.namespace(), "pod/load", "Ready")?;
 
-    under_load(&scope, "enrolment", 0, || {
+    under_load(&scope, "enrolment", || {
         scope.label("nodemesh.io/mesh=enabled")?;
         until_meshed(&scope, true)
     })?;
-    under_load(&scope, "rolling restart", 1, || {
+    under_load(&scope, "rolling-restart", || {
         for part in PARTS.iter().filter(|part| part.replicas > 1) {
             scope.run(&["rollout", "restart", &format!("deployment/{}", part.name)])?;
         }
@@ -330,12 +250,12 @@ fn no_request_fails_on_the_way_into_the_mesh_and_out_of_it() -> Result<()> {
         }
         Ok(())
     })?;
-    under_load(&scope, "rollout of the agents", 2, || {
+    under_load(&scope, "rollout-of-the-agents", || {
         scope.kubectl(&["-n", SYSTEM, "rollout", "restart", "daemonset/nodemesh-agent"])?;
         scope.rolled_out(SYSTEM, "daemonset/nodemesh-agent")?;
         until_meshed(&scope, true)
     })?;
-    under_load(&scope, "retirement", 3, || {
+    under_load(&scope, "retirement", || {
         scope.label("nodemesh.io/mesh=disabled")?;
         until_meshed(&scope, false)
     })

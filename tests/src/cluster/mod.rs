@@ -6,6 +6,7 @@
 //! when they have none, and never skip. What a test creates it removes: a [`Scope`] is a namespace that goes with it.
 
 pub mod conformance;
+pub mod load;
 mod scope;
 mod wire;
 
