@@ -67,6 +67,9 @@ fn every_command_of_the_document_works() -> Result<()> {
         "the document has {} blocks that can be run",
         blocks.len()
     );
+    // Another test may have used the document's namespace before, and another one may use it after.
+    let gone = ["delete", "namespace", "shop", "--ignore-not-found", "--wait=true"];
+    cluster.kubectl(&gone)?;
     for block in blocks {
         run(&cluster, folder.path(), &programs, block)?;
     }
@@ -74,6 +77,7 @@ fn every_command_of_the_document_works() -> Result<()> {
         let traces = traces(&cluster, node)?;
         ensure!(traces.is_empty(), "node {node} still has {traces:?}");
     }
+    cluster.kubectl(&gone)?;
     // The other tests of this run need the mesh.
     run(&cluster, folder.path(), &programs, "mesh-ctl install\n")?;
     fs::remove_dir_all(folder.path()).ok();

@@ -440,7 +440,10 @@ mod tests {
             ),
             Level::Ok
         );
-        assert_eq!(level(std::slice::from_ref(&shop), &[pod("shop", "istio-proxy")]), Level::Fail);
+        assert_eq!(
+            level(std::slice::from_ref(&shop), &[pod("shop", "istio-proxy")]),
+            Level::Fail
+        );
         assert_eq!(level(&[both], &[]), Level::Fail);
         let findings = judge_meshes(&[shop, old], &[]);
         assert_eq!(findings.text, "Istio elsewhere in the cluster");

@@ -269,7 +269,7 @@ pub(super) async fn policies(cluster: &Cluster) -> Finding {
     let mut objects = Vec::new();
     for kind in Kind::ALL.into_iter().filter(|kind| kind.is_policy()) {
         match list(cluster, kind, None).await {
-            Ok(found) => objects.extend(found.unwrap_or_default().into_iter().map(|object| (kind, object))),
+            Ok(found) => objects.extend(found.unwrap_or_default().1.into_iter().map(|object| (kind, object))),
             Err(failure) => return Finding::unknown("policies", &failure),
         }
     }

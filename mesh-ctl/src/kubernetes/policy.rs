@@ -11,7 +11,10 @@ use kube::{
     Api,
     api::{ApiResource, DynamicObject, GroupVersionKind, ListParams},
 };
-use mesh_api::document::{Kind, from_json, parse};
+use mesh_api::{
+    document::{Kind, from_json, parse},
+    policy::GATEWAY_GROUP,
+};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -52,10 +55,14 @@ struct Line {
 
 /// The mesh's kind of an object, if it is one that says something about traffic.
 fn policy_kind(object: &Object) -> Option<Kind> {
-    Kind::ALL
+    let kind = Kind::ALL
         .into_iter()
-        .find(|kind| kind.as_str() == object.kind() && kind.is_policy())
-        .filter(|kind| kind.api_version() == object.api_version())
+        .find(|kind| kind.as_str() == object.kind() && kind.is_policy())?;
+    let ours = match kind.is_gateway() {
+        true => object.gvk().group == GATEWAY_GROUP,
+        false => kind.api_version() == object.api_version(),
+    };
+    ours.then_some(kind)
 }
 
 /// The objects of the files that the user named, in their namespaces, and valid as far as the mesh reads them.
@@ -259,8 +266,8 @@ async fn programmed(objects: &mut Objects, documents: &mut [Object], timeout: Du
     Ok(())
 }
 
-/// The resource of a kind that the mesh reads.
-pub fn resource(kind: Kind) -> ApiResource {
+/// The resource of a kind in the version that is written here.
+fn own_resource(kind: Kind) -> ApiResource {
     let (group, version) = kind.api_version().split_once('/').unwrap_or(("", kind.api_version()));
     let gvk = GroupVersionKind::gvk(group, version, kind.as_str());
     let lower = kind.as_str().to_lowercase();
@@ -271,13 +278,31 @@ pub fn resource(kind: Kind) -> ApiResource {
     ApiResource::from_gvk_with_plural(&gvk, &plural)
 }
 
-/// All objects of a kind; a kind that the cluster does not have has none.
+/// The resource of a kind that the mesh reads. Kinds of the Gateway API are looked up: a cluster has each in the versions
+/// of its bundle. `None` if it does not have the kind.
+async fn resource(cluster: &Cluster, kind: Kind) -> Result<Option<ApiResource>, Failure> {
+    if !kind.is_gateway() {
+        return Ok(Some(own_resource(kind)));
+    }
+    let group = match kube::discovery::group(&cluster.client, GATEWAY_GROUP).await {
+        Ok(group) => group,
+        Err(kube::Error::Discovery(_)) => return Ok(None),
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let found = group.resources_by_stability().into_iter().map(|(resource, _)| resource);
+    Ok(found.into_iter().find(|resource| resource.kind == kind.as_str()))
+}
+
+/// All objects of a kind, and their `apiVersion`; a kind that the cluster does not have has none.
 pub async fn list(
     cluster: &Cluster,
     kind: Kind,
     namespace: Option<&str>,
-) -> Result<Option<Vec<DynamicObject>>, Failure> {
-    let resource = resource(kind);
+) -> Result<Option<(String, Vec<DynamicObject>)>, Failure> {
+    let Some(resource) = resource(cluster, kind).await? else {
+        return Ok(None);
+    };
     let client = cluster.client.clone();
     let api: Api<DynamicObject> = match namespace {
         Some(namespace) if kind.is_namespaced() => Api::namespaced_with(client, namespace, &resource),
@@ -294,17 +319,17 @@ pub async fn list(
         found.extend(page.items);
         match next {
             Some(token) => params = params.continue_token(&token),
-            None => return Ok(Some(found)),
+            None => return Ok(Some((resource.api_version, found))),
         }
     }
 }
 
 /// An object without what only the API server needs.
-fn plain(mut object: DynamicObject, kind: Kind) -> Result<Value, Failure> {
+fn plain(mut object: DynamicObject, kind: Kind, api_version: &str) -> Result<Value, Failure> {
     object.metadata.managed_fields = None;
     let mut value = serde_json::to_value(&object).map_err(|e| Failure::refused(e.to_string()))?;
     // Items of a list name neither.
-    value["apiVersion"] = kind.api_version().into();
+    value["apiVersion"] = api_version.into();
     value["kind"] = kind.as_str().into();
     Ok(value)
 }
@@ -367,10 +392,11 @@ pub async fn get(args: &crate::get::GetArgs, cluster: Cluster) -> Result<(), Fai
     let namespace = (!args.all_namespaces).then_some(cluster.namespace.as_str());
     let mut items = Vec::new();
     for kind in kinds {
-        for object in list(&cluster, kind, namespace).await?.unwrap_or_default() {
+        let (version, found) = list(&cluster, kind, namespace).await?.unwrap_or_default();
+        for object in found {
             if name.is_empty() || object.metadata.name.as_deref() == Some(&name) {
                 let created = unix(&object.metadata.creation_timestamp);
-                items.push((created, plain(object, kind)?));
+                items.push((created, plain(object, kind, &version)?));
             }
         }
     }
@@ -450,10 +476,13 @@ pub async fn delete(args: &DeleteArgs, cluster: Cluster) -> Result<(), Failure> 
         } else {
             ""
         };
+        let resource = resource(&cluster, kind)
+            .await?
+            .ok_or_else(|| Failure::refused(format!("the cluster has no {kind}")))?;
         documents.push(Object {
             source: "the command line".to_owned(),
             value: serde_json::json!({
-                "apiVersion": kind.api_version(),
+                "apiVersion": resource.api_version,
                 "kind": kind.as_str(),
                 "metadata": {"name": name, "namespace": namespace},
             }),
@@ -551,7 +580,7 @@ mod tests {
 
     #[test]
     fn kinds_have_their_plurals() {
-        let plural = |kind: &str| resource(Kind::find(kind).unwrap()).plural;
+        let plural = |kind: &str| own_resource(Kind::find(kind).unwrap()).plural;
         assert_eq!(plural("AccessPolicy"), "accesspolicies");
         assert_eq!(plural("HTTPRoute"), "httproutes");
         assert_eq!(plural("EndpointSlice"), "endpointslices");
