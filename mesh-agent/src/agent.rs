@@ -181,11 +181,12 @@ async fn serve(config: AgentConfig) -> Result<()> {
         // A worker that is gone has nothing to drain.
         let _ = worker.send(WorkerCommand::Drain(leave)).await;
     }
-    let patience = match leave {
-        Leave::Waiting => config.drain.patience.min(config.drain.alone),
-        Leave::Closing | Leave::Served => config.drain.patience,
+    // Without a successor nobody serves new connections, and the next agent may wait for the end of this one.
+    let patience = match leave.successor || !hands_over {
+        true => config.drain.patience,
+        false => config.drain.patience.min(config.drain.alone),
     };
-    if leave == Leave::Served {
+    if leave.successor {
         trigger.keep_idle(patience.min(config.drain.idle));
         // The other agent has the controller's stream; a second one would take it away.
         let _ = stand_back.send(());
@@ -360,7 +361,7 @@ impl Upkeep {
             _ = stopped => {}
             () = self.keep() => {}
         }
-        self.pods.leave()
+        self.pods.leave().await
     }
 
     async fn keep(&mut self) {

@@ -20,7 +20,7 @@ use crate::{
     kernel::NetnsCookie,
     net,
     path::{self, Captured},
-    pods::{Leave, Pod, PodListeners, WorkerCommand},
+    pods::{Pod, PodListeners, WorkerCommand},
     worker::{Shared, Worker},
 };
 
@@ -94,7 +94,7 @@ async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
                 }
             }
             WorkerCommand::Drain(leave) => {
-                if leave != Leave::Closing {
+                if leave.held {
                     // What waits is somebody else's from now on.
                     last_call = Duration::ZERO;
                 }

@@ -135,7 +135,7 @@ pub struct MetricsConfig {
 /// How the agent ends.
 #[derive(Clone, Copy, Debug)]
 pub struct DrainConfig {
-    /// How long connections may end by themselves.
+    /// How long connections may end by themselves: 1 h with a keeper, else 30 s.
     pub patience: Duration,
     /// The same when a keeper holds new connections back and no other agent has taken over: the sooner this one ends,
     /// the sooner the next one serves them.
@@ -458,7 +458,8 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
     let workers = top.bounded("workers", cores.min(WORKERS_MAX), 1, WORKERS_MAX);
     let controller = read_controller(top.section("controller"));
     let keeper: Option<PathBuf> = top.optional("keeper");
-    let kernel = read_kernel(top.section("kernel"), node.as_deref(), keeper.is_some());
+    let has_keeper = keeper.is_some();
+    let kernel = read_kernel(top.section("kernel"), node.as_deref(), has_keeper);
     let kubernetes = read_kubernetes(top.section("kubernetes"), kernel.fail_mode);
     let admin = read_admin(top.section("admin"));
 
@@ -494,7 +495,8 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
     let path = read_path(top.section("path"));
     let mut section = top.section("drain");
     let drain = DrainConfig {
-        patience: section.duration("patience", Duration::from_secs(30)),
+        // Beside a keeper another agent serves meanwhile, so that nothing is lost by waiting long.
+        patience: section.duration("patience", Duration::from_secs(if has_keeper { 3600 } else { 30 })),
         alone: section.duration("alone", Duration::from_secs(5)),
         idle: section.duration("idle", Duration::from_secs(90)),
         grace: section.duration("grace", Duration::from_secs(5)),

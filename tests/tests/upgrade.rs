@@ -121,7 +121,7 @@ const SOURCE: &str = "up/source";
 /// One source, and a destination on each node.
 fn roll(name: &str) -> Result<(Lab, tempfile::NamedTempFile)> {
     let config = tempfile::NamedTempFile::new()?;
-    std::fs::write(config.path(), "drain: {patience: 5m, idle: 10s, alone: 1s}\n")?;
+    configure(&config, 2)?;
     let documents = [
         actors::namespace("up", true),
         actors::source(SOURCE, "node-1"),
@@ -135,6 +135,12 @@ fn roll(name: &str) -> Result<(Lab, tempfile::NamedTempFile)> {
         .manifest(documents.concat())
         .agent_arg(&format!("--config={}", config.path().display()));
     Ok((Lab::up(lab)?, config))
+}
+
+/// What the next generations are told.
+fn configure(config: &tempfile::NamedTempFile, workers: usize) -> Result<()> {
+    let text = format!("workers: {workers}\ndrain: {{patience: 5m, idle: 10s, alone: 1s}}\n");
+    Ok(std::fs::write(config.path(), text)?)
 }
 
 /// Connections that are open all the time, and requests that never stop.
@@ -166,9 +172,9 @@ impl Traffic {
                 vec!["chat", host, &rpc],
             ];
             for words in open {
-                traffic
-                    .flows
-                    .push((words.join(" "), actors::start(lab, SOURCE, &words)?));
+                let flow = actors::start(lab, SOURCE, &words);
+                let flow = flow.with_context(|| format!("{}{}", words.join(" "), refused(lab).unwrap_or_default()))?;
+                traffic.flows.push((words.join(" "), flow));
             }
             traffic.calls.push(actors::start(lab, SOURCE, &["calls", host, &rpc])?);
         }
@@ -228,11 +234,13 @@ const ROUNDS: usize = 20;
 
 #[test]
 fn twenty_upgrades_in_a_row_lose_nothing() -> Result<()> {
-    let (lab, _config) = roll("roll")?;
+    let (lab, config) = roll("roll")?;
     let traffic = Traffic::start(&lab)?;
     let began = Instant::now();
     for round in 0..ROUNDS {
         let node = NODES[round % 2];
+        // Fewer workers than the generation before, and more.
+        configure(&config, [1, 3, 2][round % 3])?;
         lab.upgrade_agent(node)
             .with_context(|| format!("upgrade {round} of {node}"))?;
     }
@@ -321,5 +329,69 @@ fn a_keeper_can_be_replaced_and_can_die() -> Result<()> {
         lab.start_agent(node)?;
     }
     waiting.wait(LIMIT)?.ok()?;
+    lab.down()
+}
+
+/// How long agents are killed for; `NODEMESH_SOAK_SECONDS` says otherwise.
+const SOAK: Duration = Duration::from_secs(20);
+
+/// Numbers from a seed (xorshift), so that a failure can be played again with `NODEMESH_SEED`.
+struct Dice(u64);
+
+impl Dice {
+    fn throw(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+#[test]
+fn agents_killed_at_random_refuse_nothing_and_send_nothing_in_the_clear() -> Result<()> {
+    let seed = number("NODEMESH_SEED").unwrap_or_else(|| u64::from(std::process::id()) << 20 | 1);
+    let soak = number("NODEMESH_SOAK_SECONDS").map_or(SOAK, Duration::from_secs);
+    println!("NODEMESH_SEED={seed}");
+    let mut dice = Dice(seed);
+    let (lab, _config) = roll("random")?;
+    let capture = lab.capture("tcp")?;
+    let url = |host: &str| format!("http://{host}/?{MARKER}");
+    let loads: Vec<Load> = ["far", "near"]
+        .iter()
+        .flat_map(|host| ["connect", "http"].map(|kind| Load::start(&lab, SOURCE, kind, &url(host), 30)))
+        .collect::<Result<_>>()?;
+    let (began, mut kills) = (Instant::now(), 0);
+    while began.elapsed() < soak {
+        let node = NODES[dice.throw(2) as usize];
+        // Some die at once, some while they start, some after they have served for a while.
+        let life = Duration::from_millis(dice.throw(1500));
+        let born = Instant::now();
+        until("the time to kill", LIMIT, || Ok((born.elapsed() >= life).then_some(())))?;
+        lab.kill_agent(node)?;
+        lab.spawn_agent(node)?;
+        kills += 1;
+    }
+    for host in ["far", "near"] {
+        let back = served_again(&lab, SOURCE, &url(host))?;
+        println!("{host}: back after {back:?}");
+    }
+    let mut cut = 0;
+    for load in loads {
+        let seen = load.finish()?;
+        let requests = seen["requests"].as_u64().unwrap_or(0);
+        let errors = seen["errors"].as_object().context("no errors")?;
+        println!("{requests} requests, {}, {errors:?}", seen["statuses"]);
+        ensure!(requests > 0 && !errors.contains_key("ConnectionRefused"), "{seen:#}");
+        cut += requests - seen["statuses"]["200"].as_u64().unwrap_or(0);
+    }
+    // Four loads of four connections each: a dead agent cannot have carried more.
+    ensure!(cut <= 16 * kills, "{cut} requests failed in {kills} kills");
+    println!("{kills} kills cut {cut} requests");
+    let packets = Packets::parse(capture.stop()?)?;
+    assert_eq!(packets.count(MARKER), 0, "nothing between nodes is in the clear");
     lab.down()
 }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::{
-    net::sockopt::socket_acceptconn,
+    net::sockopt::{socket_acceptconn, socket_cookie},
     time::{ClockId, clock_gettime},
 };
 use tokio::time::Instant;
@@ -75,6 +75,23 @@ impl Kept {
                 false
             }
         }
+    }
+
+    /// Has the next [`Kept::connect`] not wait for its time.
+    pub fn look_now(&mut self) {
+        self.retry_at = Instant::now();
+    }
+
+    /// Whether these very listeners are held for a slot.
+    pub fn has(&mut self, netns: NetnsCookie, slot: Slot, listeners: &[TcpListener]) -> bool {
+        let held: Vec<u64> = self
+            .take(netns, slot)
+            .iter()
+            .filter_map(|listener| socket_cookie(listener).ok())
+            .collect();
+        listeners
+            .iter()
+            .all(|listener| socket_cookie(listener).is_ok_and(|cookie| held.contains(&cookie)))
     }
 
     /// Whether the keeper is there and holds what it should.

@@ -46,15 +46,14 @@ pub enum WorkerCommand {
     Drain(Leave),
 }
 
-/// How a draining agent leaves its listeners.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leave {
-    /// They end with it: what waits in them is served first.
-    Closing,
-    /// The keeper holds them, and what waits there waits for the next agent.
-    Waiting,
-    /// Another agent serves the very same ones already.
-    Served,
+/// How a draining agent leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leave {
+    /// The keeper holds its listeners: what waits in them waits for another agent. Else they end with this one, and what
+    /// waits in them is served first.
+    pub held: bool,
+    /// Another agent serves its pods already.
+    pub successor: bool,
 }
 
 /// One worker's listeners in one pod's network namespace; non-blocking.

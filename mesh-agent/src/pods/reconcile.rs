@@ -32,6 +32,11 @@ use crate::{
 
 /// How long workers may take to serve new listeners before their pods are called not captured.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an agent that leaves looks for a keeper that is just being replaced, and for a successor: longer than agents
+/// take to notice that their keeper is another one.
+const KEEPER_LAST_LOOK: Duration = Duration::from_millis(1500);
+/// The pause between two such looks.
+const KEEPER_PAUSE: Duration = Duration::from_millis(20);
 
 /// The pods of this node.
 pub struct Pods {
@@ -158,16 +163,31 @@ impl Pods {
         self.kept.as_ref().is_none_or(Kept::is_well)
     }
 
-    /// Lets go of every pod, which stays captured, and says how the workers are to leave its listeners.
-    pub fn leave(mut self) -> Leave {
-        self.keep_again();
-        let Some(kept) = self.kept.as_mut().filter(|kept| kept.is_well()) else {
-            return Leave::Closing;
-        };
-        if kept.successor() {
-            Leave::Served
-        } else {
-            Leave::Waiting
+    /// Lets go of every pod, which stays captured, and says how this agent leaves.
+    pub async fn leave(mut self) -> Leave {
+        if self.kept.is_none() {
+            return Leave::default();
+        }
+        let deadline = Instant::now() + KEEPER_LAST_LOOK;
+        let mut is_same = true;
+        loop {
+            is_same &= self.keep_again().is_empty();
+            match &mut self.kept {
+                // A successor that has just lost the keeper says again that it serves; until then this one goes on.
+                Some(kept) if kept.is_well() => {
+                    let successor = kept.successor();
+                    if successor || Instant::now() >= deadline {
+                        return Leave {
+                            held: is_same && kept.is_well(),
+                            successor,
+                        };
+                    }
+                }
+                // One that is just being replaced: what it holds is worth a moment.
+                Some(kept) if Instant::now() < deadline => kept.look_now(),
+                _ => return Leave::default(),
+            }
+            tokio::time::sleep(KEEPER_PAUSE).await;
         }
     }
 
@@ -199,7 +219,8 @@ impl Pods {
         if let Some(gate) = &mut self.gate {
             gate.take_view(wanted);
         }
-        self.keep_again();
+        let others = self.keep_again();
+        self.change_listeners(others).await;
         self.retire_gone(&enrolled, wanted).await;
         for workload in enrolled.values() {
             if let Err(error) = self.kernel.add_node_addresses(&workload.node_addresses) {
@@ -273,18 +294,36 @@ impl Pods {
         held.reservation.clone().or(unheld)
     }
 
-    /// Gives a keeper that is found anew everything that this agent holds.
-    fn keep_again(&mut self) {
-        let Some(kept) = &mut self.kept else { return };
+    /// Gives a keeper that is found anew everything that this agent holds. Returns the pods for which it holds other
+    /// listeners already, which another generation has made.
+    fn keep_again(&mut self) -> Vec<ObjectName> {
+        let Some(kept) = &mut self.kept else {
+            return Vec::new();
+        };
         if !kept.connect() {
-            return;
+            return Vec::new();
         }
         // What was withdrawn while there was no connection is found by the sweep.
         self.is_swept = false;
-        for held in self.held.values() {
-            for group in &held.copies {
-                // Taken: it is the same keeper, or another generation has put the very same sockets.
-                let _put_or_there = kept.put(held.pod.cookie(), group.slot, 0, &group.members);
+        let others = self.held.iter().filter(|(_, held)| {
+            let cookie = held.pod.cookie();
+            let mut groups = held.copies.iter();
+            !groups.all(|group| {
+                kept.put(cookie, group.slot, 0, &group.members).is_ok() || kept.has(cookie, group.slot, &group.members)
+            })
+        });
+        others.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Serves what the listeners of these pods hold already, and lets go of them: their places are taken by those that
+    /// the keeper holds, so that all generations have the same ones.
+    async fn change_listeners(&mut self, names: Vec<ObjectName>) {
+        for name in names {
+            let Some(held) = self.held.remove(&name) else { continue };
+            tracing::info!(pod = %name, "another generation's listeners take the place of ours");
+            for worker in &self.workers {
+                let _a_worker_that_is_gone_serves_nobody =
+                    timeout(CONFIRM_TIMEOUT, worker.send(WorkerCommand::Retire(held.pod.cookie()))).await;
             }
         }
     }
