@@ -167,8 +167,8 @@ async fn a_pod_is_refused_then_known_then_captured_then_known_then_forgotten() {
     accept(std::slice::from_ref(&application));
     assert!(!status(&node.pods).captured && node.pods.is_settled());
 
-    let enrolled = node.workload(true);
-    let (outbound, inbound) = reconcile_and_serve(&mut node.pods, &mut node.workers, &[enrolled.clone()]).await;
+    let enrolled = [node.workload(true)];
+    let (outbound, inbound) = reconcile_and_serve(&mut node.pods, &mut node.workers, &enrolled).await;
     assert!(status(&node.pods).captured, "{:?}", status(&node.pods));
     assert_eq!(node.attempt(address), "ok");
     accept(&outbound);
@@ -191,7 +191,7 @@ async fn a_pod_is_refused_then_known_then_captured_then_known_then_forgotten() {
     assert_eq!(node.kernel.known().unwrap(), BTreeSet::from([home(), cookie]));
 
     node.end(pause).await;
-    node.pods.reconcile(&[enrolled]).await;
+    node.pods.reconcile(&enrolled).await;
     let absent = status(&node.pods);
     assert_eq!(
         (absent.captured, absent.reason.as_deref()),
@@ -207,11 +207,11 @@ async fn a_captured_pod_is_let_go_with_its_sandbox_and_another_of_its_name_is_no
     let mut node = Node::new();
     node.pods.reconcile(&[]).await;
     let pause = node.start().await;
-    let enrolled = node.workload(true);
-    let listeners = reconcile_and_serve(&mut node.pods, &mut node.workers, &[enrolled.clone()]).await;
+    let enrolled = [node.workload(true)];
+    let listeners = reconcile_and_serve(&mut node.pods, &mut node.workers, &enrolled).await;
     let later = Arc::new(Workload {
         uid: UID.replace('0', "f").into(),
-        ..(*enrolled).clone()
+        ..(*enrolled[0]).clone()
     });
     node.pods.reconcile(&[later]).await;
     assert_eq!(status(&node.pods).reason.as_deref(), Some("no sandbox yet"));
@@ -223,9 +223,9 @@ async fn a_captured_pod_is_let_go_with_its_sandbox_and_another_of_its_name_is_no
     drop(listeners);
     while let Ok(_retired) = node.workers.iter_mut().next().unwrap().commands.try_recv() {}
 
-    let listeners = reconcile_and_serve(&mut node.pods, &mut node.workers, &[enrolled.clone()]).await;
+    let listeners = reconcile_and_serve(&mut node.pods, &mut node.workers, &enrolled).await;
     node.end(pause).await;
-    node.pods.reconcile(&[enrolled]).await;
+    node.pods.reconcile(&enrolled).await;
     assert_eq!(node.kernel.enrolled().unwrap(), BTreeSet::new());
     assert!(
         node.pods.directory().all().is_empty(),
