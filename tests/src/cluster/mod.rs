@@ -7,6 +7,7 @@
 
 pub mod conformance;
 pub mod load;
+mod processes;
 mod scope;
 mod wire;
 
@@ -21,6 +22,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+pub use processes::{Paused, Slowed};
 pub use scope::Scope;
 pub use wire::WireCapture;
 
