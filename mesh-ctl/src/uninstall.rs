@@ -117,7 +117,8 @@ fn own_objects() -> Result<Vec<Object>, Failure> {
         "apiVersion: coordination.k8s.io/v1\nkind: Lease\nmetadata: {{name: nodemesh-controller, namespace: \
          {ROOT_NAMESPACE}}}\n---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{name: nodemesh-trust-bundle, namespace: \
          {ROOT_NAMESPACE}}}\n---\napiVersion: v1\nkind: Secret\nmetadata: {{name: nodemesh-ca, namespace: \
-         {ROOT_NAMESPACE}}}\n---\napiVersion: apps/v1\nkind: DaemonSet\nmetadata: {{name: {CLEANUP}, namespace: \
+         {ROOT_NAMESPACE}}}\n---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: \
+         nodemesh-controller, namespace: {ROOT_NAMESPACE}}}\n---\napiVersion: apps/v1\nkind: DaemonSet\nmetadata: {{name: {CLEANUP}, namespace: \
          {ROOT_NAMESPACE}}}\n"
     );
     crate::kubernetes::objects::read("the controller's own objects", &text)
@@ -238,4 +239,22 @@ async fn enrolled_namespaces(namespaces: &Api<Namespace>) -> Result<(), Failure>
         eprintln!("the label nodemesh.io/mesh is left on: {}", names.join(", "));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_controller_made_is_named() {
+        let titles: Vec<String> = own_objects().unwrap().iter().map(Object::title).collect();
+        let expected = [
+            "Lease nodemesh-system/nodemesh-controller",
+            "ConfigMap nodemesh-system/nodemesh-trust-bundle",
+            "Secret nodemesh-system/nodemesh-ca",
+            "EndpointSlice nodemesh-system/nodemesh-controller",
+            "DaemonSet nodemesh-system/nodemesh-cleanup",
+        ];
+        assert_eq!(titles, expected);
+    }
 }

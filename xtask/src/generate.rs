@@ -348,11 +348,18 @@ mod tests {
             }
             let mut rendered = text;
             for setting in &settings {
-                let value = setting.default.as_str().map_or(setting.default.to_string(), str::to_owned);
+                let value = setting
+                    .default
+                    .as_str()
+                    .map_or(setting.default.to_string(), str::to_owned);
                 rendered = rendered.replace(&format!("{{{{ .Values.{} }}}}", setting.name), &value);
             }
             assert!(!rendered.contains("{{"), "{name}: a value is left");
-            assert_eq!(documents(&rendered), documents(&fs::read_to_string(&base).unwrap()), "{name}");
+            assert_eq!(
+                documents(&rendered),
+                documents(&fs::read_to_string(&base).unwrap()),
+                "{name}"
+            );
             compared += 1;
         }
         assert_eq!(compared, 5);
