@@ -634,6 +634,18 @@ impl Lab {
         Ok(generation)
     }
 
+    /// Starts an agent of a node that is held at each line of its log; see [`process::Steps`].
+    pub fn step_agent(&self, node: &str) -> Result<(u64, process::Steps)> {
+        let generation = state::change(&self.name, |state| {
+            state.counter += 1;
+            Ok(state.counter)
+        })?;
+        let mut steps = process::Steps::new()?;
+        let child = mesh::step_agent(&self.state()?, &self.cgroup, node, generation, &mut steps)?;
+        self.children.lock().map_err(|_| anyhow!("poisoned"))?.push(child);
+        Ok((generation, steps))
+    }
+
     /// Replaces the agent of a node as a rolling update does: a new one starts, and when it is ready the old ones are
     /// asked to end. Returns without waiting for their end.
     pub fn upgrade_agent(&self, node: &str) -> Result<u64> {

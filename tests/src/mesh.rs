@@ -231,6 +231,24 @@ pub fn start_keeper(state: &State, lab_cgroup: &Path, node: &str) -> Result<Chil
 
 /// Starts an agent of a node.
 pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str, generation: u64) -> Result<Child> {
+    let (site, argv) = agent(state, lab_cgroup, node, generation)?;
+    start_in(&site, &argv, &agent_log(&state.name, node))
+}
+
+/// Starts an agent of a node that is held at each line of its log.
+pub fn step_agent(
+    state: &State,
+    lab_cgroup: &Path,
+    node: &str,
+    generation: u64,
+    steps: &mut process::Steps,
+) -> Result<Child> {
+    let (site, argv) = agent(state, lab_cgroup, node, generation)?;
+    steps.start(site.run(&argv))
+}
+
+/// Where an agent runs and how.
+fn agent(state: &State, lab_cgroup: &Path, node: &str, generation: u64) -> Result<(Site, Vec<String>)> {
     let lab = &state.name;
     let directory = agent_directory(lab, node);
     let pins = pin_directory(lab, node);
@@ -273,7 +291,7 @@ pub fn start_agent(state: &State, lab_cgroup: &Path, node: &str, generation: u64
         argv.push(format!("--keeper={}", keeper_socket(lab, node).display()));
     }
     argv.extend(state.agent_args.iter().cloned());
-    start_in(&site, &argv, &agent_log(lab, node))
+    Ok((site, argv))
 }
 
 /// Starts a program and returns when it is in its cgroup: from then on, an empty cgroup means that it has ended.

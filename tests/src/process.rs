@@ -120,6 +120,47 @@ pub fn detach(mut command: Command, log: &Path) -> Result<Child> {
     command.spawn().with_context(|| format!("run {command:?}"))
 }
 
+/// The standard error of a program, of which each line waits until the one before it was read: a program that has one
+/// thing to say is held where it says it.
+#[derive(Debug)]
+pub struct Steps {
+    lines: File,
+    program: Option<std::os::fd::OwnedFd>,
+}
+
+impl Steps {
+    /// A pipe of packets with room for one.
+    pub fn new() -> Result<Steps> {
+        let flags = rustix::pipe::PipeFlags::DIRECT | rustix::pipe::PipeFlags::CLOEXEC;
+        let (read, write) = rustix::pipe::pipe_with(flags)?;
+        rustix::pipe::fcntl_setpipe_size(&write, 4096)?;
+        Ok(Steps {
+            lines: read.into(),
+            program: Some(write),
+        })
+    }
+
+    /// Starts the command with its standard error here and its output nowhere.
+    pub fn start(&mut self, mut command: Command) -> Result<Child> {
+        let program = self.program.take().context("it was started already")?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(program)
+            .process_group(0);
+        // The command holds the pipe's other end; dropped with it, the end of the program is the end of the lines.
+        command.spawn().with_context(|| format!("run {command:?}"))
+    }
+
+    /// The next line; `None` when the program has ended.
+    pub fn line(&mut self) -> Result<Option<String>> {
+        let mut packet = [0; 4096];
+        let count = self.lines.read(&mut packet)?;
+        let line = packet.get(..count).filter(|line| !line.is_empty());
+        Ok(line.map(|line| String::from_utf8_lossy(line).trim_end().to_owned()))
+    }
+}
+
 /// Runs a command to its end with a text on its standard input.
 pub fn with_input(mut command: Command, input: &str) -> Result<Output> {
     let mut child = command

@@ -257,34 +257,50 @@ fn twenty_upgrades_in_a_row_lose_nothing() -> Result<()> {
     lab.down()
 }
 
-/// What an agent writes on its way before it accepts a connection, in this order.
-const NOT_SERVING: [&str; 3] = ["kernel programs attached", "snapshot loaded", "the keeper is found"];
-/// What it writes when it does.
-const SERVING: [&str; 3] = ["a pod is captured", "agent serves", "controller connected"];
+/// The last line of an agent that finds another one, before it accepts a connection; each line holds it until it is read.
+const BEFORE_SERVING: &str = "taken as soon as the agent before this one lets go";
+/// The line after which nothing of its start is left.
+const STARTED: &str = "controller connected";
 /// Requests that a killed agent may have carried.
 const CARRIED_MAX: u64 = 10;
+
+/// Starts an agent and kills it when it has written so many lines. Returns the last one that was read.
+fn kill_after(lab: &Lab, node: &str, lines: usize) -> Result<String> {
+    let (generation, mut steps) = lab.step_agent(node)?;
+    let mut last = String::new();
+    for number in 0..lines {
+        let line = steps.line()?;
+        last = line.with_context(|| format!("it ended before its line {number}, after {last:?}"))?;
+    }
+    lab.kill_generation(node, generation)?;
+    Ok(last)
+}
 
 #[test]
 fn a_generation_that_dies_on_its_way_takes_nothing_with_it() -> Result<()> {
     let (lab, _config) = roll("steps")?;
-    for (steps, cut_max) in [(NOT_SERVING, 0), (SERVING, CARRIED_MAX * 6)] {
+    let mut lines = 0;
+    for (until_line, is_serving) in [(BEFORE_SERVING, false), (STARTED, true)] {
         let traffic = Traffic::start(&lab)?;
-        for (node, step) in NODES.into_iter().flat_map(|node| steps.map(|step| (node, step))) {
-            let before = lab.agent_log(node)?.len();
-            let generation = lab.spawn_agent(node)?;
-            until(&format!("{step:?} in the log of {node}"), LIMIT, || {
-                let log = lab.agent_log(node)?;
-                let news = log.get(before..).unwrap_or_default();
-                ensure!(news.contains(step), "{news}");
-                Ok(Some(()))
-            })?;
-            lab.kill_generation(node, generation)?;
+        let mut kills = 0;
+        loop {
+            lines += 1;
+            let said = NODES
+                .into_iter()
+                .map(|node| kill_after(&lab, node, lines))
+                .collect::<Result<Vec<_>>>()?;
+            println!("{lines}: {}", said.join(" / "));
+            kills += 2;
+            if said.iter().any(|said| said.contains(until_line)) {
+                break;
+            }
         }
+        ensure!(kills >= 6, "only {kills} steps before {until_line:?}");
         // Those that lived through all this can still be replaced.
         for node in NODES {
             lab.upgrade_agent(node)?;
         }
-        traffic.finish_with(&lab, cut_max)?;
+        traffic.finish_with(&lab, if is_serving { CARRIED_MAX * kills } else { 0 })?;
     }
     let traffic = Traffic::start(&lab)?;
     traffic.finish(&lab)?;
