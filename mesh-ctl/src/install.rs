@@ -147,7 +147,9 @@ pub async fn install(args: InstallArgs, world: &World) -> Result<(), Failure> {
         )));
     }
     // Installing once more mends what is missing and keeps what was set.
-    let settings = common.settings(found.map(|found| found.settings).unwrap_or_default())?;
+    let before = found.map(|found| found.settings);
+    let settings = common.settings(before.clone().unwrap_or_default())?;
+    before.map_or(Ok(()), |before| same_trust_domain(&before, &settings))?;
     apply(&common, settings, cluster).await
 }
 
@@ -167,11 +169,29 @@ pub async fn upgrade(args: UpgradeArgs, world: &World) -> Result<(), Failure> {
         )));
     }
     eprintln!("from version {} to {VERSION}", found.version);
-    let settings = common.settings(found.settings)?;
+    let settings = common.settings(found.settings.clone())?;
+    same_trust_domain(&found.settings, &settings)?;
     if common.dry_run == Some(DryRun::Client) {
         return print_manifests(&common, settings);
     }
     apply(&common, settings, cluster).await
+}
+
+/// Every certificate has the trust domain in it: one that changes under a running mesh cuts all of it at once.
+fn same_trust_domain(before: &Settings, after: &Settings) -> Result<(), Failure> {
+    let of = |settings: &Settings| {
+        settings
+            .get("trustDomain")
+            .cloned()
+            .unwrap_or_else(|| "cluster.local".to_owned())
+    };
+    let (old, new) = (of(before), of(after));
+    if old == new {
+        return Ok(());
+    }
+    Err(Failure::refused(format!(
+        "the mesh has the trust domain {old}, and {new} was asked for: it changes only by uninstalling and installing anew"
+    )))
 }
 
 fn print_manifests(common: &CommonArgs, settings: Settings) -> Result<(), Failure> {
@@ -448,6 +468,15 @@ mod tests {
         assert!(!case(
             json!({"observedGeneration": 2, "replicas": 2, "updatedReplicas": 2})
         ));
+    }
+
+    #[test]
+    fn the_trust_domain_stays() {
+        let domain = |name: &str| Settings::from([("trustDomain".to_owned(), name.to_owned())]);
+        assert!(same_trust_domain(&Settings::new(), &domain("cluster.local")).is_ok());
+        assert!(same_trust_domain(&domain("a.org"), &domain("a.org")).is_ok());
+        assert!(same_trust_domain(&domain("a.org"), &domain("b.org")).is_err());
+        assert!(same_trust_domain(&Settings::new(), &domain("b.org")).is_err());
     }
 
     #[test]
