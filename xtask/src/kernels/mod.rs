@@ -8,7 +8,7 @@
 mod archive;
 mod guest;
 
-use std::{path::PathBuf, process::ExitCode, time::Instant};
+use std::{path::Path, process::ExitCode, time::Instant};
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
@@ -136,7 +136,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// Runs the kernel tests and the end-to-end tests in the machine.
-fn works(guest: &Guest<'_>, tests: &[TestProgram], programs: &PathBuf, filter: Option<&str>) -> Result<String> {
+fn works(guest: &Guest<'_>, tests: &[TestProgram], programs: &Path, filter: Option<&str>) -> Result<String> {
     let mut chosen = Vec::new();
     for name in ["kernel"].iter().chain(END_TO_END) {
         match tests.iter().find(|test| test.name == *name && test.kind == "test") {
@@ -167,7 +167,7 @@ fn works(guest: &Guest<'_>, tests: &[TestProgram], programs: &PathBuf, filter: O
 }
 
 /// Starts the agent in the machine: it must end, and name the kernel and what it needs.
-fn refused(guest: &Guest<'_>, programs: &PathBuf, release: &str) -> Result<String> {
+fn refused(guest: &Guest<'_>, programs: &Path, release: &str) -> Result<String> {
     let agent = programs.join("mesh-agent");
     let output = guest.run(&[Job::refusal(&agent)])?;
     let said = output
