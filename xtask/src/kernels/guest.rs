@@ -347,7 +347,7 @@ mod tests {
         let text = String::from_utf8_lossy(&bytes);
         assert!(text.starts_with("07070100000001000041ed"));
         assert!(text.contains("a/b\0"));
-        assert!(text.contains("hello\0\0\0070701"), "content is padded to four bytes");
+        assert!(text.contains("hello\0\0\u{0}070701"), "content is padded to four bytes");
         assert!(text.contains("TRAILER!!!"));
     }
 
