@@ -8,6 +8,7 @@ pub mod admin;
 pub mod agent;
 pub mod capture;
 pub mod config;
+pub mod digits;
 pub mod drain;
 pub mod event;
 pub mod identity;

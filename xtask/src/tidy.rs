@@ -33,6 +33,7 @@ const RANKS: &[(u8, &[(&str, &str)])] = &[
         &[
             ("net", "sockets and clocks: the seams to the operating system"),
             ("drain", "the signal to end and the guards that delay it"),
+            ("digits", "numbers, addresses and ids as text"),
             (
                 "keeper",
                 "the process that holds listeners while no agent serves; asking it",

@@ -7,7 +7,6 @@
 
 use std::{
     cell::RefCell,
-    net::IpAddr,
     sync::{Arc, LazyLock, Weak},
     time::{Duration, SystemTime},
 };
@@ -19,6 +18,7 @@ use super::{
     labels::{PartySet, Reporter},
     record::{Closed, Details, Text},
 };
+use crate::digits::{self, decimal, padded};
 
 /// Pairs of parties whose text a thread keeps; two that meet in one place push each other out.
 const PARTY_TEXTS: usize = 64;
@@ -199,7 +199,7 @@ impl Fields<'_> {
         ] {
             if let Some(address) = address {
                 self.key(address_key);
-                self.bare(|line| write_ip(line, address.ip()));
+                self.bare(|line| digits::ip(line, address.ip()));
                 self.number(port_key, address.port().into());
             }
         }
@@ -351,42 +351,6 @@ fn quote(line: &mut Vec<u8>, text: &str) {
     line.push(b'"');
 }
 
-/// A whole number.
-fn decimal(line: &mut Vec<u8>, mut value: u64) {
-    let mut digits = [0; 20];
-    let mut at = digits.len();
-    for digit in digits.iter_mut().rev() {
-        *digit = b'0' + (value % 10) as u8;
-        value /= 10;
-        at -= 1;
-        if value == 0 {
-            break;
-        }
-    }
-    line.extend_from_slice(digits.get(at..).unwrap_or_default());
-}
-
-/// The last `width` digits, zeros in front.
-fn padded(line: &mut Vec<u8>, value: u64, width: u32) {
-    for place in (0..width).rev() {
-        line.push(b'0' + (value / 10u64.pow(place) % 10) as u8);
-    }
-}
-
-fn write_ip(line: &mut Vec<u8>, ip: IpAddr) {
-    match ip {
-        IpAddr::V4(ip) => {
-            for (number, octet) in ip.octets().into_iter().enumerate() {
-                if number > 0 {
-                    line.push(b'.');
-                }
-                decimal(line, octet.into());
-            }
-        }
-        IpAddr::V6(ip) => line.extend_from_slice(ip.to_string().as_bytes()),
-    }
-}
-
 /// RFC 3339 in UTC with milliseconds. Lines of one second share all but the last four characters.
 pub(super) fn write_time(out: &mut Vec<u8>, time: SystemTime) {
     thread_local! {
@@ -441,21 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_and_addresses_are_written_as_the_standard_library_does() {
-        for value in [0, 7, 10, 99, 100, 12_345, u64::from(u32::MAX), u64::MAX] {
-            assert_eq!(written(|line| decimal(line, value)), value.to_string());
-        }
-        for ip in [
-            "0.0.0.0",
-            "10.96.0.1",
-            "255.255.255.255",
-            "::",
-            "fd00::2",
-            "::ffff:1.2.3.4",
-        ] {
-            let ip: IpAddr = ip.parse().unwrap();
-            assert_eq!(written(|line| write_ip(line, ip)), ip.to_string());
-        }
+    fn durations_are_written_as_the_standard_library_does() {
         for micros in [0, 1, 10, 100, 120, 999, 1000, 1500, 2_000_001, 12_345_670] {
             let mut line = Vec::new();
             let mut fields = Fields {

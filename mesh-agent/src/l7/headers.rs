@@ -8,6 +8,8 @@ use std::{fmt, net::IpAddr, sync::Arc};
 
 use mesh_api::{request::Request, route::HeaderEdit};
 
+use crate::digits::{from_hex, hex};
+
 /// Changes to a message's headers: removals first, then `set` (replaces every field of that name), then `add`.
 /// Names are in lower case.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -176,11 +178,7 @@ impl TraceParent {
     /// Reads a `traceparent` (W3C Trace Context §3.2): `00-<32 hex>-<16 hex>-<2 hex>`, lower case, no zero ids. Of a
     /// later version the first 55 bytes are read, and a dash must follow if anything does. Version `ff` is invalid.
     pub fn parse(text: &str) -> Option<TraceParent> {
-        let hex = |range: std::ops::Range<usize>| {
-            let digits = text.get(range)?;
-            let lower = digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-            lower.then(|| u128::from_str_radix(digits, 16).ok()).flatten()
-        };
+        let hex = |range: std::ops::Range<usize>| from_hex(text.as_bytes().get(range)?);
         let dash = |at: usize| text.as_bytes().get(at) == Some(&b'-');
         let version = hex(0..2)?;
         let length_is_valid = text.len() == 55 || (version != 0 && dash(55));
@@ -206,6 +204,16 @@ impl TraceParent {
         }
     }
 
+    /// As it stands in a header.
+    pub fn text(&self) -> [u8; 55] {
+        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+        // Of a later version's flags only those of version 00 are known.
+        text[3..35].copy_from_slice(&hex::<32>(self.trace));
+        text[36..52].copy_from_slice(&hex::<16>(self.span.into()));
+        text[53..].copy_from_slice(&hex::<2>((self.flags & 1).into()));
+        text
+    }
+
     /// Whether the trace is sampled.
     pub fn is_sampled(self) -> bool {
         self.flags & 1 == 1
@@ -214,8 +222,7 @@ impl TraceParent {
 
 impl fmt::Display for TraceParent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Of a later version's flags only those of version 00 are known.
-        write!(f, "00-{:032x}-{:016x}-{:02x}", self.trace, self.span, self.flags & 1)
+        f.write_str(std::str::from_utf8(&self.text()).unwrap_or_default())
     }
 }
 

@@ -10,6 +10,7 @@ use mesh_api::{
 };
 
 use crate::{
+    digits::hex,
     event::{ConnRecord, ConnectionSecurity, Events, Outcome, PartySet, Protocol, Reporter, RequestRecord},
     l7::{
         End, Standard,
@@ -97,16 +98,13 @@ pub fn fill(
 /// The ids that join the lines of one request at both sides: those that it goes on with.
 pub fn trace(record: &mut RequestRecord, request: &dyn Request, standard: &Standard) {
     let came = request.header("traceparent").and_then(TraceParent::parse);
-    let trace = standard
-        .trace
-        .or(came)
-        .map(|context| format!("{:032x}", context.trace))
-        .unwrap_or_default();
+    let trace = standard.trace.or(came).map(|context| hex::<32>(context.trace));
+    let trace = trace.as_ref().and_then(|text| std::str::from_utf8(text).ok());
     let id = match &standard.request_id {
         Some(id) => id.as_str(),
         None => request.header("x-request-id").unwrap_or_default(),
     };
-    record.set_trace(id, &trace);
+    record.set_trace(id, trace.unwrap_or_default());
 }
 
 /// Envoy's `x-forwarded-client-cert`: the workload that a request is for, and the identity that its source proved.

@@ -9,9 +9,12 @@ use super::{
     codec::{Framing, RequestHead, ResponseHead},
     field::{FieldKind, Span, classify},
 };
-use crate::l7::{
-    Forward, HeaderChanges, Reply, Version,
-    headers::{ClientCert, name_is_valid, value_is_valid},
+use crate::{
+    digits,
+    l7::{
+        Forward, HeaderChanges, Reply, Version,
+        headers::{ClientCert, name_is_valid, value_is_valid},
+    },
 };
 
 /// How the body is framed towards the source, and what becomes of the connection.
@@ -32,14 +35,15 @@ fn write_field(name: &[u8], value: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(b"\r\n");
 }
 
-fn write_display(name: &str, value: impl std::fmt::Display, out: &mut Vec<u8>) {
-    // A Vec takes every write.
-    let _ = write!(out, "{name}: {value}\r\n");
+fn write_content_length(length: u64, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"content-length: ");
+    digits::decimal(out, length);
+    out.extend_from_slice(b"\r\n");
 }
 
 fn write_length(framing: Framing, out: &mut Vec<u8>) {
     match framing {
-        Framing::Length(length) => write_display("content-length", length, out),
+        Framing::Length(length) => write_content_length(length, out),
         Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
         Framing::None | Framing::UntilClose => {}
     }
@@ -151,14 +155,14 @@ fn write_standard(head: &RequestHead, bytes: &[u8], forward: &Forward, out: &mut
             out.extend_from_slice(value);
             out.extend_from_slice(b", ");
         }
-        // A Vec takes every write.
-        let _ = write!(out, "{address}\r\n");
+        digits::ip(out, address);
+        out.extend_from_slice(b"\r\n");
     }
     if let Some(id) = standard.request_id.filter(|_| !dropped("x-request-id")) {
         write_field(b"x-request-id", id.as_str().as_bytes(), out);
     }
     if let Some(trace) = standard.trace.filter(|_| !dropped("traceparent")) {
-        write_display("traceparent", trace, out);
+        write_field(b"traceparent", &trace.text(), out);
     }
     if let ClientCert::Set(value) = &standard.client_cert
         && value_is_valid(value.as_bytes())
@@ -168,8 +172,9 @@ fn write_standard(head: &RequestHead, bytes: &[u8], forward: &Forward, out: &mut
 }
 
 fn write_status(status: StatusCode, reason: &[u8], out: &mut Vec<u8>) {
-    // A Vec takes every write.
-    let _ = write!(out, "HTTP/1.1 {} ", status.as_u16());
+    out.extend_from_slice(b"HTTP/1.1 ");
+    out.extend_from_slice(status.as_str().as_bytes());
+    out.push(b' ');
     let known = status.canonical_reason().unwrap_or_default().as_bytes();
     out.extend_from_slice(if reason.is_empty() { known } else { reason });
     out.extend_from_slice(b"\r\n");
@@ -205,7 +210,7 @@ pub(super) fn write_response(
     }
     write_changes(changes, out);
     match head.length_without_body {
-        Some(length) => write_display("content-length", length, out),
+        Some(length) => write_content_length(length, out),
         None => write_length(outgoing.framing, out),
     }
     write_connection(outgoing, out);
@@ -240,7 +245,7 @@ pub(super) fn write_reply(reply: &Reply, version: Version, keep_alive: bool, to_
         if !reply.body.is_empty() && !reply.headers.iter().any(|(name, _)| *name == "content-type") {
             out.extend_from_slice(b"content-type: text/plain; charset=utf-8\r\n");
         }
-        write_display("content-length", reply.body.len(), out);
+        write_content_length(reply.body.len() as u64, out);
     }
     write_connection(
         Outgoing {
