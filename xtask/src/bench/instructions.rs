@@ -26,7 +26,7 @@ const WARM_UP: u64 = 300;
 /// Requests that are counted.
 const REQUESTS: u64 = 2000;
 /// What a figure may grow without being written anew.
-const GROWTH_MAX: f64 = 0.03;
+const GROWTH_MAX_PERCENT: u64 = 3;
 /// How long the mesh may take until requests pass.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// How long a dump may take.
@@ -112,14 +112,14 @@ fn judge(figures: &BTreeMap<String, u64>, counted: &BTreeMap<String, u64>) -> Ve
             continue;
         };
         let growth = *count as f64 / (*figure).max(1) as f64 - 1.0;
-        if growth > GROWTH_MAX {
+        let hundredths = |percent: u64| figure.saturating_mul(percent);
+        if count.saturating_mul(100) > hundredths(100 + GROWTH_MAX_PERCENT) {
             problems.push(format!(
                 "{system}: {count} instructions per request, {:.1} % more than the {figure} of benches/instructions.json \
-                 (allowed: {:.0} %). Make it cheaper, or write the new figure with `--update` in the same change.",
-                growth * 100.0,
-                GROWTH_MAX * 100.0
+                 (allowed: {GROWTH_MAX_PERCENT} %). Make it cheaper, or write the new figure with `--update` in the same change.",
+                growth * 100.0
             ));
-        } else if growth < -GROWTH_MAX {
+        } else if count.saturating_mul(100) < hundredths(100 - GROWTH_MAX_PERCENT) {
             println!(
                 "{system}: {:.1} % below its figure; `--update` keeps the gain",
                 -growth * 100.0
