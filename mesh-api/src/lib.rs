@@ -8,7 +8,7 @@
 //! * [`backend`]: endpoints and how to send to them. * [`rule`]: the name of the rule that decided.
 //! * [`wire`]: the protocol between controller, agents and `mesh-ctl`.
 //!
-//! * `read`: typed values out of YAML and JSON.
+//! * `read`: typed values out of YAML and JSON. * [`yaml`]: YAML that every reader takes for the same.
 //!
 //! Dependency order (a module uses only those before it):
 //! `identity < workload < request, rule < read < policy < document < resilience < backend < route < reading < authz < view <
@@ -30,3 +30,4 @@ pub mod status;
 pub mod view;
 pub mod wire;
 pub mod workload;
+pub mod yaml;

@@ -88,7 +88,7 @@ pub async fn run(args: GetArgs, world: &World) -> Result<(), Failure> {
             if place > 0 {
                 text.push_str("---\n");
             }
-            text += &serde_yaml_ng::to_string(item).map_err(|e| Failure::refused(e.to_string()))?;
+            text += &mesh_api::yaml::to_string(item).map_err(|e| Failure::refused(e.to_string()))?;
         }
         print(&text);
         return Ok(());

@@ -199,7 +199,7 @@ fn print_manifests(common: &CommonArgs, settings: Settings) -> Result<(), Failur
     let objects = manifests::manifests(&settings)?.in_order(!common.no_namespace, common.monitoring);
     let mut text = String::new();
     for object in &objects {
-        let yaml = serde_yaml_ng::to_string(&object.value).map_err(|e| Failure::refused(e.to_string()))?;
+        let yaml = mesh_api::yaml::to_string(&object.value).map_err(|e| Failure::refused(e.to_string()))?;
         text += &format!("---\n{yaml}");
     }
     print(&text);

@@ -29,7 +29,7 @@ pub fn print(text: &str) {
 /// Prints a value as JSON or YAML.
 pub fn print_value(value: &impl Serialize, format: Format) -> Result<(), Failure> {
     let text = match format {
-        Format::Yaml => serde_yaml_ng::to_string(value).map_err(|e| Failure::refused(e.to_string()))?,
+        Format::Yaml => mesh_api::yaml::to_string(value).map_err(|e| Failure::refused(e.to_string()))?,
         Format::Json | Format::Table => {
             let mut text = serde_json::to_string_pretty(value).map_err(|e| Failure::refused(e.to_string()))?;
             text.push('\n');

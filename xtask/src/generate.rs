@@ -121,7 +121,7 @@ fn definition(kind: &KindSchema) -> Result<String> {
             }],
         },
     });
-    Ok(mark("mesh-api/src/policy") + &serde_yaml_ng::to_string(&value)?)
+    Ok(mark("mesh-api/src/policy") + &mesh_api::yaml::to_string(&value)?)
 }
 
 /// What `kubectl get` shows.

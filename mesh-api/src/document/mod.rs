@@ -519,7 +519,7 @@ impl Document {
 
     /// The whole document as YAML, without a leading `---`. [`parse`] reads it back to an equal document.
     pub fn to_yaml(&self) -> String {
-        serde_yaml_ng::to_string(&self.to_json()).unwrap_or_default()
+        crate::yaml::to_string(&self.to_json()).unwrap_or_default()
     }
 
     /// Whether both say the same; what a store adds to the metadata is not compared.

@@ -448,7 +448,7 @@ pub async fn get(args: &crate::get::GetArgs, cluster: Cluster) -> Result<(), Fai
             let mut text = String::new();
             for (place, (_, item)) in items.iter().enumerate() {
                 text += if place > 0 { "---\n" } else { "" };
-                text += &serde_yaml_ng::to_string(item).map_err(|e| Failure::refused(e.to_string()))?;
+                text += &mesh_api::yaml::to_string(item).map_err(|e| Failure::refused(e.to_string()))?;
             }
             print(&text);
         }
