@@ -5,7 +5,7 @@
 //! requests [`requests_in`](super::requests_in). Plaintext is refused under strict mutual TLS and judged without an
 //! identity otherwise. Nothing is said to a source that was not judged, but a reset.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
 
 use bytes::BytesMut;
 use mesh_api::{
@@ -95,9 +95,9 @@ pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
         Err(_) => return arrival.refuse(&view, stream, &Denial::of(Refusal::SourceClosed)),
     };
     match sniffed {
-        Sniffed::Known(Sniff::TlsOurs(_)) => arrival.tunnel(&view, stream, first).await,
+        Sniffed::Known(Sniff::TlsOurs(_)) => Box::pin(arrival.tunnel(&view, stream, first)).await,
         Sniffed::Closed => arrival.record(&view, ConnectionSecurity::None).close(Outcome::Served),
-        Sniffed::Known(_) | Sniffed::Silent => arrival.plaintext(&view, stream, first, sniffed).await,
+        Sniffed::Known(_) | Sniffed::Silent => Box::pin(arrival.plaintext(&view, stream, first, sniffed)).await,
     }
 }
 
@@ -172,8 +172,8 @@ impl Arrival {
         }
         self.identity = Some(peer.spiffe.clone());
         match accepted {
-            Accepted::Http(transport, _) => requests_in::serve(RequestsIn::new(self), transport).await,
-            Accepted::Flow(flows, _) => self.flows(flows).await,
+            Accepted::Http(transport, _) => Box::pin(requests_in::serve(RequestsIn::new(self), transport)).await,
+            Accepted::Flow(flows, _) => Box::pin(self.flows(flows)).await,
         }
     }
 
@@ -322,7 +322,8 @@ impl Arrival {
         };
         let idle = self.worker.shared.config.idle_timeout;
         let counters = relay::Counters::default();
-        let end = relay::relay(source, app, &counters, idle, stop(&self.worker, permit_lost)).await;
+        let stop = pin!(stop(&self.worker, permit_lost));
+        let end = relay::relay(source, app, &counters, idle, stop).await;
         record.set_bytes(said.1 + end.received, said.0 + end.sent);
         record.close(outcome(&end));
     }

@@ -5,7 +5,7 @@
 //! reset, so that the application sees a failed connection and never an empty but clean one. Every connection closes
 //! one record, and a second one as the destination's when the destination is a pod of this node.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
 
 use bytes::BytesMut;
 use mesh_api::{
@@ -133,15 +133,16 @@ pub async fn serve(worker: &Rc<Worker>, captured: Captured) {
     };
 
     let mut first = BytesMut::new();
-    let speaks = match flow.protocol(&mut stream, &mut first).await {
+    let speaks = match Box::pin(flow.protocol(&mut stream, &mut first)).await {
         Ok(speaks) => speaks,
         // The source is gone before it said anything that could be recorded as more than that.
         Err(_) => Speaks::Nothing,
     };
     match speaks {
-        Speaks::Http1 => flow.requests(stream, first, false).await,
-        Speaks::Http2 => flow.requests(stream, first, true).await,
-        Speaks::Opaque(early) => flow.relay(stream, first, early).await,
+        // Each in a box of its own: a connection takes the memory of what it is, not of all that it could have become.
+        Speaks::Http1 => Box::pin(flow.requests(stream, first, false)).await,
+        Speaks::Http2 => Box::pin(flow.requests(stream, first, true)).await,
+        Speaks::Opaque(early) => Box::pin(flow.relay(stream, first, early)).await,
         Speaks::Nothing => {
             let record = flow.record(None, ConnectionSecurity::None);
             record.close(Outcome::Served);
@@ -260,14 +261,14 @@ impl Flow<'_> {
             self.original_destination,
             self.wanted,
         );
-        requests_out::serve(handler, stream, first, http2).await;
+        requests_out::serve(Rc::new(handler), stream, first, http2).await;
     }
 
     async fn relay(self, mut stream: TcpStream, first: BytesMut, early: Option<(Box<Dialed>, BytesMut)>) {
         let (mut dialed, early) = match early {
-            Some((dialed, early)) => (*dialed, early),
-            None => match self.dial(false, &first).await {
-                Ok(dialed) => (dialed, BytesMut::new()),
+            Some(dialed) => dialed,
+            None => match Box::pin(self.dial(false, &first)).await {
+                Ok(dialed) => (Box::new(dialed), BytesMut::new()),
                 Err(refused) => {
                     net::reset_on_close(&stream);
                     return self.refused(&refused);
@@ -293,13 +294,13 @@ impl Flow<'_> {
             net::reset_on_close(&stream);
             return record.close(Outcome::DestinationReset);
         }
-        let permit_lost = self.permit_lost(dialed.local.take());
+        let stop = pin!(stop(self.worker, self.permit_lost(dialed.local.take())));
         let end = relay::relay(
             stream,
             dialed.stream,
             &relay::Counters::default(),
             self.worker.shared.config.idle_timeout,
-            stop(self.worker, permit_lost),
+            stop,
         )
         .await;
         if let Some(picked) = dialed.picked.take() {

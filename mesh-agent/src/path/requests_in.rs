@@ -2,7 +2,7 @@
 //! that belongs to the source's connection alone, so that the application sees who it talks to. Implements the HTTP
 //! engines' [`Handler`]. What is not permitted never reaches the application.
 
-use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{cell::RefCell, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
 
 use bytes::Bytes;
 use http::StatusCode;
@@ -64,7 +64,7 @@ pub async fn serve(handler: RequestsIn, mut source: Transport) {
         Ok(Ok(None) | Err(_)) | Err(_) => return,
     };
     let served = if http2 {
-        l7::h2::serve(source, handler, &limits, drain.started()).await
+        Box::pin(l7::h2::serve(source, handler, &limits, drain.started())).await
     } else {
         l7::h1::serve(source, handler, &limits, drain.last_requests()).await
     };
@@ -243,7 +243,7 @@ impl Handler for RequestsIn {
             let now = view.inbound(pod.name(), local.port());
             !still_permits(&exchange.access, &now, &attributes)
         };
-        let stop = stop(self.worker(), lost);
+        let stop = pin!(stop(self.worker(), lost));
         let idle = self.worker().shared.config.idle_timeout;
         let end = relay::relay(source, target, &relay::Counters::default(), idle, stop).await;
         if end.how == How::PermitLost {

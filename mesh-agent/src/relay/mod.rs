@@ -7,10 +7,10 @@
 
 use std::{
     cell::{Cell, RefCell},
-    future::{Future, poll_fn},
+    future::Future,
     io,
-    pin::{Pin, pin},
-    task::{Context, Poll},
+    pin::Pin,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -343,26 +343,42 @@ impl Idle {
 }
 
 /// Relays between `first` and `second` until both ended, one failed, `stop` resolves or nothing moved for
-/// `idle_timeout`. Both are closed on return; a flow's tunnel goes back to where it came from after a clean end.
-pub async fn relay<A: Duplex, B: Duplex>(
+/// `idle_timeout`. Both are closed when the future goes; a flow's tunnel goes back to where it came from after a clean
+/// end.
+///
+/// A future by hand: an async function would hold both connections twice, as its arguments and as its variables, and
+/// every open connection has one of these. For the same reason the caller pins `stop`.
+pub fn relay<A: Duplex, B: Duplex, S: Future<Output = Stop> + Unpin>(
     first: A,
     second: B,
     counters: &Counters,
     idle_timeout: Option<Duration>,
-    stop: impl Future<Output = Stop>,
-) -> RelayEnd {
-    let mut relay = Relay {
-        first,
-        second,
-        forth: Lane::new(),
-        back: Lane::new(),
-        counters,
-        failed: None,
-    };
-    let mut idle = idle_timeout.map(Idle::new);
-    let mut stop = pin!(stop);
-    let (how, error) = poll_fn(|cx| {
-        if let Poll::Ready(stop) = stop.as_mut().poll(cx) {
+    stop: S,
+) -> Relaying<'_, A, B, S> {
+    Relaying {
+        relay: Relay {
+            first,
+            second,
+            forth: Lane::new(),
+            back: Lane::new(),
+            counters,
+            failed: None,
+        },
+        idle: idle_timeout.map(Idle::new),
+        stop,
+    }
+}
+
+/// A running relay, made by [`relay`].
+pub struct Relaying<'a, A, B, S> {
+    relay: Relay<'a, A, B>,
+    idle: Option<Idle>,
+    stop: S,
+}
+
+impl<A: Duplex, B: Duplex, S: Future<Output = Stop> + Unpin> Relaying<'_, A, B, S> {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<(How, Option<io::Error>)> {
+        if let Poll::Ready(stop) = Pin::new(&mut self.stop).poll(cx) {
             let how = match stop {
                 Stop::PermitLost => How::PermitLost,
                 Stop::Drained => How::Drained,
@@ -370,24 +386,32 @@ pub async fn relay<A: Duplex, B: Duplex>(
             return Poll::Ready((how, None));
         }
         let mut active = false;
-        if let Poll::Ready(end) = relay.poll(cx, &mut active) {
+        if let Poll::Ready(end) = self.relay.poll(cx, &mut active) {
             return Poll::Ready(end);
         }
-        match &mut idle {
+        match &mut self.idle {
             Some(idle) => idle.poll(cx, active).map(|()| (How::IdleTimeout, None)),
             None => Poll::Pending,
         }
-    })
-    .await;
-    if how != How::Closed {
-        relay.first.reset();
-        relay.second.reset();
     }
-    RelayEnd {
-        sent: counters.sent(),
-        received: counters.received(),
-        how,
-        error,
+}
+
+impl<A: Duplex, B: Duplex, S: Future<Output = Stop> + Unpin> Future for Relaying<'_, A, B, S> {
+    type Output = RelayEnd;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<RelayEnd> {
+        let this = self.get_mut();
+        let (how, error) = ready!(this.poll_end(cx));
+        if how != How::Closed {
+            this.relay.first.reset();
+            this.relay.second.reset();
+        }
+        Poll::Ready(RelayEnd {
+            sent: this.relay.counters.sent(),
+            received: this.relay.counters.received(),
+            how,
+            error,
+        })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The relay between real sockets, bare and through a flow in a tunnel: what an application sees of the other one.
 
-use std::{future::pending, rc::Rc, sync::Arc, time::SystemTime};
+use std::{future::pending, pin::pin, rc::Rc, sync::Arc, time::SystemTime};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -59,7 +59,7 @@ async fn path(kind: Kind, stop: impl Future<Output = Stop> + 'static, idle: Opti
     let (done, end) = oneshot::channel();
     if kind == Kind::Bare {
         tokio::task::spawn_local(async move {
-            let _ = done.send(relay(captured, delivered, &Counters::default(), idle, stop).await);
+            let _ = done.send(relay(captured, delivered, &Counters::default(), idle, pin!(stop)).await);
         });
         return Path {
             source,
@@ -99,7 +99,7 @@ async fn path(kind: Kind, stop: impl Future<Output = Stop> + 'static, idle: Opti
     let preface = Preface::new(captured.peer_addr().unwrap());
     let flow = pool.flow(&key, &OwnNetns, &preface, false).await.unwrap();
     tokio::task::spawn_local(async move {
-        let _ = done.send(relay(captured, flow, &Counters::default(), idle, stop).await);
+        let _ = done.send(relay(captured, flow, &Counters::default(), idle, pin!(stop)).await);
     });
     Path {
         source,

@@ -112,7 +112,8 @@ pub async fn serve<H: Handler>(
                 return Err(fault.into());
             }
         };
-        match connection.request(&head).await {
+        // Boxed for as long as a request lives: a connection that waits for one is small.
+        match Box::pin(connection.request(&head)).await {
             After::Keep => {}
             After::Close => {
                 Box::pin(connection.linger()).await;

@@ -12,7 +12,7 @@ mod copies;
 mod go;
 mod plan;
 
-use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{cell::RefCell, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use http::StatusCode;
@@ -108,13 +108,12 @@ struct Plan {
 }
 
 /// Serves the requests of a captured connection.
-pub async fn serve(handler: RequestsOut, stream: TcpStream, first: BytesMut, http2: bool) {
-    let handler = Rc::new(handler);
+pub async fn serve(handler: Rc<RequestsOut>, stream: TcpStream, first: BytesMut, http2: bool) {
     let drain = handler.worker.shared.drain.clone();
     let source = Transport::from_tcp(stream, first);
     let limits = Limits::default();
     let served = if http2 {
-        l7::h2::serve(source, handler, &limits, drain.started()).await
+        Box::pin(l7::h2::serve(source, handler, &limits, drain.started())).await
     } else {
         l7::h1::serve(source, handler, &limits, drain.last_requests()).await
     };
@@ -320,7 +319,7 @@ impl Handler for RequestsOut {
             // The destination's agent judges.
             _ => false,
         };
-        let stop = super::outbound::stop(&self.worker, lost);
+        let stop = pin!(super::outbound::stop(&self.worker, lost));
         let idle = self.worker.shared.config.idle_timeout;
         let end = relay::relay(source, target, &relay::Counters::default(), idle, stop).await;
         if end.how == How::PermitLost {
