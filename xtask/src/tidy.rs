@@ -28,12 +28,12 @@ pub struct Options {
 /// The modules of the agent from the lowest rank up; a module imports only from ranks below its own. The text is for
 /// docs/architecture.md, which `cargo xtask gen` keeps equal to this table.
 const RANKS: &[(u8, &[(&str, &str)])] = &[
+    (0, &[("digits", "numbers, addresses and ids as text")]),
     (
         1,
         &[
             ("net", "sockets and clocks: the seams to the operating system"),
             ("drain", "the signal to end and the guards that delay it"),
-            ("digits", "numbers, addresses and ids as text"),
             (
                 "keeper",
                 "the process that holds listeners while no agent serves; asking it",
