@@ -257,6 +257,44 @@ fn twenty_upgrades_in_a_row_lose_nothing() -> Result<()> {
     lab.down()
 }
 
+/// Keeps the source out of the destinations.
+const DENY: &str = "\
+apiVersion: nodemesh.io/v1alpha1
+kind: AccessPolicy
+metadata: {name: nobody, namespace: up}
+spec:
+  targetRefs: [{kind: Service, name: far}, {kind: Service, name: near}]
+  action: Deny
+  rules: [{from: [{identities: ['spiffe://cluster.local/ns/up/sa/source']}]}]
+";
+
+#[test]
+fn a_draining_generation_obeys_the_newest_policy() -> Result<()> {
+    let (lab, _config) = roll("obey")?;
+    let lines = actors::LINES.to_string();
+    let mut flows = Vec::new();
+    for host in ["far", "near"] {
+        flows.push((host, actors::start(&lab, SOURCE, &["hold", host, &lines])?));
+    }
+    for node in NODES {
+        lab.upgrade_agent(node)?;
+    }
+    for node in NODES {
+        until("two generations side by side", LIMIT, || {
+            Ok((lab.agent_pids(node)?.len() == 2).then_some(()))
+        })?;
+    }
+    for (host, flow) in &mut flows {
+        ensure!(flow.running()?, "the flow to {host} ended: {}", flow.stdout());
+    }
+    apply(&lab, DENY)?;
+    for (host, flow) in flows {
+        let end = actors::end_of(&flow.wait(LIMIT)?.stdout)?;
+        ensure!(end["how"] == "ConnectionResetError", "the flow to {host}: {end}");
+    }
+    lab.down()
+}
+
 /// The last line of an agent that finds another one, before it accepts a connection; each line holds it until it is read.
 const BEFORE_SERVING: &str = "taken as soon as the agent before this one lets go";
 /// The line after which nothing of its start is left.

@@ -549,6 +549,42 @@ mod tests {
     }
 
     #[test]
+    fn two_generations_do_not_fight_for_the_stream_and_learn_from_the_disk() {
+        let held = |revision: u64, names: &[&str]| {
+            let (state, _) = update(streaming(fresh()), snapshot(revision, names));
+            state.held().cloned().unwrap()
+        };
+        let (state, _) = update(streaming(fresh()), snapshot(3, &["a"]));
+        let (state, words) = run(state, Input::Found(held(9, &["z"])));
+        assert!(
+            words.is_empty() && names(&state) == ["a"],
+            "the controller's own word counts"
+        );
+        let reason = "the same node has connected again".to_owned();
+        let (state, words) = run(state, Input::Replaced { reason });
+        assert_eq!(words, ["disconnect", "tell controller-lost", "wait 5000ms"]);
+        for (revision, expected) in [(2, vec![]), (3, vec![]), (4, vec!["publish 4", "tell snapshot-loaded"])] {
+            let (next, words) = run(state.clone(), Input::Found(held(revision, &["b"])));
+            assert_eq!(words, expected, "{revision}");
+            assert_eq!(next.revision(), Revision(revision.max(3)));
+        }
+        let other = Held {
+            trust_domain: TrustDomain::new("other").unwrap(),
+            ..Held::clone(&held(9, &["b"]))
+        };
+        assert!(run(state.clone(), Input::Found(Arc::new(other))).1.is_empty());
+        let (state, _) = run(state, Input::Found(held(4, &["b"])));
+        let (state, words) = run(state, Input::Due);
+        assert_eq!(words, ["connect 4"]);
+        let (state, _) = run(state, Input::Connected { address: "c".into() });
+        let (state, words) = run(state, Input::StandBack);
+        assert_eq!(words, ["disconnect"]);
+        let (state, words) = run(state, Input::Found(held(5, &["c"])));
+        assert_eq!(words, ["publish 5", "tell snapshot-loaded"]);
+        assert_eq!(names(&state), ["c"]);
+    }
+
+    #[test]
     fn what_cannot_be_right_is_nacked_and_the_last_good_stays() {
         let (state, _) = update(streaming(fresh()), snapshot(7, &["a"]));
         let other_domain = Update::Snapshot {
