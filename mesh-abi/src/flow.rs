@@ -6,6 +6,11 @@ use crate::addr::{Addr, Endpoint};
 pub const ROLE_CAPTURED: u32 = 1;
 /// [`SocketView::role`]: the socket was accepted from the agent; `peer` is the source that it serves.
 pub const ROLE_ACCEPTED: u32 = 2;
+/// [`SocketView::role`]: the socket is the node's own and connects to a pod of it; `peer` is the destination.
+pub const ROLE_NODE: u32 = 3;
+/// [`SocketView::role`]: the socket connected without the agent by the kernel's verdict; `peer` is the destination that
+/// it asked for, of the family that it connects by.
+pub const ROLE_DIRECT: u32 = 4;
 
 /// One end of a connection inside a network namespace. A cookie is never used again, so a key cannot go stale by
 /// the death of a pod.
@@ -28,8 +33,10 @@ pub struct SocketView {
     pub peer: Endpoint,
     /// What `getsockname` shows instead of a loopback address; [`Addr::NONE`] to leave it.
     pub local: Addr,
-    /// [`ROLE_CAPTURED`] or [`ROLE_ACCEPTED`].
+    /// [`ROLE_CAPTURED`], [`ROLE_ACCEPTED`], [`ROLE_NODE`] or [`ROLE_DIRECT`].
     pub role: u32,
+    /// What the flow's announcement carries; 0 where there is none.
+    pub number: u32,
 }
 
 impl FlowKey {

@@ -4,6 +4,7 @@ use core::mem::{align_of, offset_of, size_of};
 
 use crate::{
     addr::{Addr, Endpoint},
+    announce::{Announcement, Tuple},
     flow::{FlowKey, SocketView},
     pod::{Config, PodEntry, PortSet, SteerEntry},
 };
@@ -13,14 +14,18 @@ const _: () = {
     assert!(size_of::<Endpoint>() == 20 && align_of::<Endpoint>() == 4 && offset_of!(Endpoint, port) == 16);
     assert!(size_of::<FlowKey>() == 32 && align_of::<FlowKey>() == 8);
     assert!(offset_of!(FlowKey, source) == 8 && offset_of!(FlowKey, pad) == 28);
-    assert!(size_of::<SocketView>() == 40 && align_of::<SocketView>() == 4);
+    assert!(size_of::<SocketView>() == 44 && align_of::<SocketView>() == 4);
     assert!(offset_of!(SocketView, local) == 20 && offset_of!(SocketView, role) == 36);
+    assert!(offset_of!(SocketView, number) == 40);
+    assert!(size_of::<Tuple>() == 40 && align_of::<Tuple>() == 4 && offset_of!(Tuple, destination) == 20);
+    assert!(size_of::<Announcement>() == 8 && align_of::<Announcement>() == 4);
     assert!(size_of::<PortSet>() == 64 && align_of::<PortSet>() == 2);
     assert!(
-        size_of::<Config>() == 272
-            && align_of::<Config>() == 4
+        size_of::<Config>() == 280
+            && align_of::<Config>() == 8
             && offset_of!(Config, guard) == 12
-            && offset_of!(Config, node) == 16
+            && offset_of!(Config, home) == 16
+            && offset_of!(Config, node) == 24
     );
     assert!(size_of::<PodEntry>() == 168 && align_of::<PodEntry>() == 4);
     assert!(offset_of!(PodEntry, addresses) == 40 && offset_of!(PodEntry, exclude_outbound) == 104);
@@ -44,4 +49,8 @@ mod user {
     unsafe impl aya::Pod for PodEntry {}
     // SAFETY: as above.
     unsafe impl aya::Pod for SteerEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Tuple {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Announcement {}
 }

@@ -1,13 +1,14 @@
 //! The contract between the kernel programs and the agent.
 //!
 //! Both sides compile this crate: the kernel programs for `bpfel-unknown-none`, the agent for the host. It holds
-//! the keys and values of the maps, their names and bounds, the reason codes, and the two pure decisions
-//! ([`capture::decide`], [`steer::decide`]) which the kernel runs and the host tests.
+//! the keys and values of the maps, their names and bounds, the reason codes, and the pure decisions
+//! ([`capture::decide`], [`steer::decide`], [`announce`], [`guard`]) which the kernel runs and the host tests.
 //!
 //! Nothing else may enter: no allocation, no I/O, no type whose layout a compiler is free to choose.
 #![cfg_attr(not(test), no_std)]
 
 mod addr;
+pub mod announce;
 pub mod capture;
 mod flow;
 pub mod guard;
@@ -17,7 +18,7 @@ mod reason;
 pub mod steer;
 
 pub use addr::{Addr, Endpoint};
-pub use flow::{FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, SocketView};
+pub use flow::{FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, ROLE_DIRECT, ROLE_NODE, SocketView};
 pub use pod::{
     Config, FAIL_PASS, FAIL_REFUSE, GUARD_OFF, GUARD_REFUSE, NODE_ADDRESSES_MAX, POD_ADDRESSES_MAX, PORTS_MAX,
     PodEntry, PortSet, SteerEntry, TooManyPorts,
@@ -26,11 +27,11 @@ pub use reason::{REASONS, Reason};
 
 /// The version of everything in this crate that both sides must agree on. It names the pin directory's suffix and a
 /// symbol in the kernel object; raise it with any change of a map's key, value or meaning.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// The symbol in the kernel object that carries [`ABI_VERSION`] in its name: an object of another version lacks it
 /// and is refused at load.
-pub const ABI_SYMBOL: &str = "MESH_ABI_2";
+pub const ABI_SYMBOL: &str = "MESH_ABI_3";
 
 /// The mark on the agent's own sockets (`SO_MARK`).
 pub const AGENT_MARK: u32 = 0x539;
@@ -59,6 +60,8 @@ pub mod maps {
     pub const ORIG_BY_FLOW: &str = "ORIG_BY_FLOW";
     /// `FlowKey` of the agent's socket towards a workload -> the `Endpoint` that the workload is shown.
     pub const PEERS: &str = "PEERS";
+    /// `Tuple` -> `Announcement`: flows that may pass where they arrive, until their sockets close.
+    pub const ANNOUNCED: &str = "ANNOUNCED";
     /// `Reason` -> count per CPU.
     pub const REASONS: &str = "REASONS";
 
@@ -70,7 +73,7 @@ pub mod maps {
     pub const STRANGERS: &str = "STRANGERS";
 
     /// Every map.
-    pub const ALL: [&str; 12] = [
+    pub const ALL: [&str; 13] = [
         CONFIG,
         AGENTS,
         GUARDED,
@@ -82,6 +85,7 @@ pub mod maps {
         SOCKETS,
         ORIG_BY_FLOW,
         PEERS,
+        ANNOUNCED,
         REASONS,
     ];
 
@@ -101,6 +105,8 @@ pub mod maps {
     pub const FLOWS_MAX: u32 = 65536;
     /// Connections from the agent to workloads of this node.
     pub const PEERS_MAX: u32 = 131_072;
+    /// Announced flows; the least recently used go first. One is needed until its connection is established.
+    pub const ANNOUNCED_MAX: u32 = 65536;
 }
 
 /// Names of the kernel programs: the symbol of the function.

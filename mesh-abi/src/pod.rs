@@ -43,6 +43,8 @@ pub struct Config {
     pub debug: u32,
     /// [`GUARD_OFF`] or [`GUARD_REFUSE`].
     pub guard: u32,
+    /// The cookie of the node's own network namespace; 0 if it is not known.
+    pub home: u64,
     /// The node's own addresses; [`Addr::NONE`] marks an empty place.
     pub node: [Addr; NODE_ADDRESSES_MAX],
 }

@@ -64,7 +64,7 @@ reasons! {
     InboundSelf = 13, "inbound-self", pass;
     /// Inbound: the local port is excluded.
     InboundExcludedPort = 14, "inbound-excluded-port", pass;
-    /// Inbound: the node probes a probe port.
+    /// Inbound: the node itself, by an announced flow, probes a probe port.
     InboundProbe = 15, "inbound-probe", pass;
     /// Inbound: no agent listens and the fail mode is pass.
     InboundAgentAbsentPass = 16, "inbound-agent-absent-pass", pass;
@@ -76,6 +76,10 @@ reasons! {
     PeerNotWritten = 19, "peer-not-written", note;
     /// Outbound: a pod that the agent has not looked at yet, or cannot tell whose it is.
     OutboundUnclassified = 20, "outbound-unclassified", refuse;
+    /// Inbound: the flow was announced as one that needs no agent.
+    InboundDirect = 21, "inbound-direct", pass;
+    /// Bookkeeping: a flow could not be announced; where it arrives it is judged like any other.
+    AnnouncementNotWritten = 22, "announcement-not-written", note;
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 
 use crate::{
     addr::Addr,
+    announce::{ANNOUNCED_DIRECT, ANNOUNCED_PROBE, Announcement},
     pod::{Config, FAIL_PASS, SteerEntry},
     reason::Reason,
 };
@@ -37,9 +38,16 @@ pub enum Verdict {
     Refuse(Reason),
 }
 
-/// Decides on an arrival; `entry` is that of the local address.
+/// Decides on an arrival; `entry` is that of the local address, and `announced` gives the flow's announcement, asked
+/// only as far as needed. That the source has the node's address, or a pod's, is no proof of anything: whoever
+/// masquerades has it too. What passes was announced by the socket that opened it.
 #[inline(always)]
-pub fn decide(config: &Config, entry: Option<&SteerEntry>, arrival: &Arrival) -> Verdict {
+pub fn decide(
+    config: &Config,
+    entry: Option<&SteerEntry>,
+    arrival: &Arrival,
+    announced: impl FnOnce() -> Option<Announcement>,
+) -> Verdict {
     if !arrival.is_tcp {
         return Verdict::Untouched;
     }
@@ -57,10 +65,17 @@ pub fn decide(config: &Config, entry: Option<&SteerEntry>, arrival: &Arrival) ->
     if entry.exclude_inbound.contains(arrival.local_port) {
         return Verdict::Pass(Reason::InboundExcludedPort);
     }
-    if entry.probes.contains(arrival.local_port) && config.is_node(&arrival.remote) {
-        return Verdict::Pass(Reason::InboundProbe);
+    match announced() {
+        Some(Announcement {
+            why: ANNOUNCED_DIRECT, ..
+        }) => Verdict::Pass(Reason::InboundDirect),
+        Some(Announcement {
+            why: ANNOUNCED_PROBE, ..
+        }) if entry.probes.contains(arrival.local_port) && config.is_node(&arrival.remote) => {
+            Verdict::Pass(Reason::InboundProbe)
+        }
+        _ => Verdict::Agent,
     }
-    Verdict::Agent
 }
 
 /// The verdict when the agent's listener is gone.

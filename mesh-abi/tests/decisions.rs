@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use mesh_abi::{
     Addr, Config, Endpoint, FAIL_PASS, FAIL_REFUSE, PORTS_MAX, PodEntry, PortSet, Reason, SteerEntry,
+    announce::{ANNOUNCED_DIRECT, ANNOUNCED_PROBE, Announcement},
     capture::{self, Flow},
     steer::{self, Arrival},
 };
@@ -156,6 +157,10 @@ fn arrival(local: &str, local_port: u16, remote: &str) -> Arrival {
     }
 }
 
+fn announcement(why: u32) -> Option<Announcement> {
+    (why != 0).then_some(Announcement { why, number: 0 })
+}
+
 #[test]
 fn steer_decides_each_situation() {
     use steer::Verdict::{Agent, Pass, Refuse, Untouched};
@@ -164,6 +169,62 @@ fn steer_decides_each_situation() {
         ..arrival("10.1.0.5", 53, "10.1.0.9")
     };
     let known = Some(entry());
+    let (probe, direct) = (announcement(ANNOUNCED_PROBE), announcement(ANNOUNCED_DIRECT));
+    let announced = [
+        (
+            "the node's probe",
+            known,
+            arrival("10.1.0.5", 8080, "192.0.2.1"),
+            probe,
+            Pass(Reason::InboundProbe),
+        ),
+        (
+            "the node's probe 6",
+            known,
+            arrival("fd00::5", 8080, "2001:db8::1"),
+            probe,
+            Pass(Reason::InboundProbe),
+        ),
+        (
+            "the node itself, no probe port",
+            known,
+            arrival("10.1.0.5", 80, "192.0.2.1"),
+            probe,
+            Agent,
+        ),
+        (
+            "announced as a probe, not the node's address",
+            known,
+            arrival("10.1.0.5", 8080, "10.1.0.9"),
+            probe,
+            Agent,
+        ),
+        (
+            "direct",
+            known,
+            arrival("10.1.0.5", 80, "10.1.0.9"),
+            direct,
+            Pass(Reason::InboundDirect),
+        ),
+        (
+            "direct to an address that is nobody's",
+            None,
+            arrival("10.9.0.5", 80, "10.1.0.9"),
+            direct,
+            Refuse(Reason::InboundUnknownAddress),
+        ),
+        (
+            "announced for nothing that is known",
+            known,
+            arrival("10.1.0.5", 8080, "192.0.2.1"),
+            announcement(99),
+            Agent,
+        ),
+    ];
+    for (situation, entry, arrival, announced, expected) in announced {
+        let found = steer::decide(&config(FAIL_REFUSE), entry.as_ref(), &arrival, || announced);
+        assert_eq!(found, expected, "{situation}");
+    }
     let cases = [
         ("UDP", known, udp, Untouched),
         (
@@ -209,16 +270,10 @@ fn steer_decides_each_situation() {
             Pass(Reason::InboundExcludedPort),
         ),
         (
-            "probe",
+            "the node's address on a probe port, not announced",
             known,
             arrival("10.1.0.5", 8080, "192.0.2.1"),
-            Pass(Reason::InboundProbe),
-        ),
-        (
-            "probe 6",
-            known,
-            arrival("fd00::5", 8080, "2001:db8::1"),
-            Pass(Reason::InboundProbe),
+            Agent,
         ),
         (
             "probe port, not the node",
@@ -236,7 +291,7 @@ fn steer_decides_each_situation() {
     ];
     for (situation, entry, arrival, expected) in cases {
         assert_eq!(
-            steer::decide(&config(FAIL_REFUSE), entry.as_ref(), &arrival),
+            steer::decide(&config(FAIL_REFUSE), entry.as_ref(), &arrival, || None),
             expected,
             "{situation}"
         );
@@ -350,6 +405,7 @@ proptest! {
         probes in ports(),
         excluded in ports(),
         is_known in any::<bool>(),
+        why in 0u32..4,
     ) {
         let mut config = config(FAIL_REFUSE);
         config.node = [Addr::NONE; mesh_abi::NODE_ADDRESSES_MAX];
@@ -365,11 +421,12 @@ proptest! {
         let is_inner = is_loopback(local) || is_loopback(remote) || local.to_canonical() == remote.to_canonical();
         let is_excluded = port != 0 && excluded.contains(&port);
         let from_node = !remote.is_unspecified() && node.iter().any(|ip| ip.to_canonical() == remote.to_canonical());
-        let is_probe = port != 0 && probes.contains(&port) && from_node;
-        match steer::decide(&config, is_known.then_some(&entry), &arrival) {
+        let is_probe = port != 0 && probes.contains(&port) && from_node && why == ANNOUNCED_PROBE;
+        let is_announced = is_probe || why == ANNOUNCED_DIRECT;
+        match steer::decide(&config, is_known.then_some(&entry), &arrival, || announcement(why)) {
             steer::Verdict::Untouched => prop_assert!(false, "TCP is always judged"),
-            steer::Verdict::Pass(_) => prop_assert!(is_inner || (is_known && (is_excluded || is_probe))),
-            steer::Verdict::Agent => prop_assert!(is_known && !is_inner && !is_excluded && !is_probe),
+            steer::Verdict::Pass(_) => prop_assert!(is_inner || (is_known && (is_excluded || is_announced))),
+            steer::Verdict::Agent => prop_assert!(is_known && !is_inner && !is_excluded && !is_announced),
             steer::Verdict::Refuse(reason) => {
                 prop_assert!(!is_known && !is_inner);
                 prop_assert_eq!(reason, Reason::InboundUnknownAddress);

@@ -35,7 +35,7 @@ use crate::{
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
     kernel::{self, Kernel, KernelConfig, memory::Memory, node_addresses},
     net::SystemClock,
-    pods::{self, CaptureTimes, Discovery, GateConfig, Leave, PodStatus, Pods, Sandboxes, WorkerCommand},
+    pods::{self, CaptureTimes, Discovery, GateConfig, Leave, Netns, PodStatus, Pods, Sandboxes, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
     view::{AgentReport, SyncConfig, SyncHealth, ViewStore, ViewSync},
     worker::Shared,
@@ -71,6 +71,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
         pin_dir: config.pin_dir(),
         fail_mode: config.kernel.fail_mode,
         node_addresses: node_addresses().context("this node's addresses")?,
+        home: Netns::current().context("this node's network namespace")?.cookie(),
         debug: config.kernel.debug,
     });
     let kernel = Arc::new(kernel.context("attaching the kernel programs")?);

@@ -2,7 +2,7 @@
 //!
 //! | situation | answer |
 //! | --- | --- |
-//! | network namespace not enrolled (map miss) | untouched |
+//! | network namespace not enrolled (map miss) | untouched; the node's own to one of its pods is marked |
 //! | the same, in a guarded cgroup and not known either | `ECONNREFUSED`, except to loopback |
 //! | loopback, the pod's own address, excluded port, the agent's own socket | passes as asked |
 //! | no agent listener of that family, or bound to a device that it cannot be taken off | `ENETUNREACH` |
@@ -32,7 +32,7 @@ use crate::{
         forget_socket_view, keep_socket_view, netns_cookie, set_user4, set_user6, user_address4, user_address6,
         user_port, word,
     },
-    guard,
+    guard, node,
     maps::{AGENTS, PODS, config, count},
 };
 
@@ -91,12 +91,15 @@ fn judge(ctx: &SockAddrContext, destination: Endpoint) -> Answer {
     // SAFETY: a field of the context.
     let is_tcp = unsafe { word(&raw const (*raw).protocol) } == IPPROTO_TCP;
     let Some(pod) = pod else {
-        return if is_tcp && !destination.addr.is_loopback() && guard::is_stranger(cookie) && !is_agent_socket(raw) {
+        if !is_tcp || destination.addr.is_loopback() {
+            return Answer::Allow;
+        }
+        if guard::is_stranger(cookie) && !is_agent_socket(raw) {
             guard::tell(cookie);
-            refuse(Reason::OutboundUnclassified)
-        } else {
-            Answer::Allow
-        };
+            return refuse(Reason::OutboundUnclassified);
+        }
+        node::mark(raw, cookie, &destination);
+        return Answer::Allow;
     };
     let flow = Flow {
         destination,
@@ -166,6 +169,7 @@ fn redirect(raw: *mut bpf_sock_addr, pod: &PodEntry, destination: Endpoint, agen
         peer: destination,
         local: pod.address(destination.addr.is_v4()),
         role: ROLE_CAPTURED,
+        number: 0,
     };
     // SAFETY: the context's socket is never null.
     if unsafe { keep_socket_view((*raw).__bindgen_anon_1.sk, &view) } {

@@ -28,7 +28,7 @@ pub fn tell(cookie: u64) {
 
 /// Whether the current process is below a guarded cgroup.
 #[inline(always)]
-fn is_guarded() -> bool {
+pub fn is_guarded() -> bool {
     for level in 0..guard::LEVELS_MAX {
         // SAFETY: the helper reads the current task; 0 is below its own cgroup.
         let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };

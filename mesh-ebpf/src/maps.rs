@@ -7,11 +7,15 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash},
 };
-use mesh_abi::{ABI_VERSION, Addr, Config, Endpoint, FlowKey, PodEntry, REASONS, Reason, SocketView, SteerEntry, maps};
+use mesh_abi::{
+    ABI_VERSION, Addr, Config, Endpoint, FlowKey, PodEntry, REASONS, Reason, SocketView, SteerEntry,
+    announce::{Announcement, Tuple},
+    maps,
+};
 
 /// The contract's version, in the symbol's name: user space insists on finding it.
 #[unsafe(no_mangle)]
-pub static MESH_ABI_2: Global<u32> = Global::new(ABI_VERSION);
+pub static MESH_ABI_3: Global<u32> = Global::new(ABI_VERSION);
 
 /// The node's settings. One entry, written by the agent at start.
 #[map]
@@ -61,6 +65,11 @@ pub static ORIG_BY_FLOW: LruHashMap<FlowKey, Endpoint> = LruHashMap::with_max_en
 #[map]
 pub static PEERS: HashMap<FlowKey, Endpoint> = HashMap::with_max_entries(maps::PEERS_MAX, BPF_F_NO_PREALLOC);
 
+/// Flows that may pass where they arrive. Written before the SYN, deleted when the socket closes, so that a port used
+/// again proves nothing. Least recently used go first: a flow that loses its entry while it connects goes to the agent.
+#[map]
+pub static ANNOUNCED: LruHashMap<Tuple, Announcement> = LruHashMap::with_max_entries(maps::ANNOUNCED_MAX, 0);
+
 /// How often each reason was given. Fixed size.
 #[map(name = "REASONS")]
 pub static REASON_COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASONS, 0);
@@ -78,7 +87,7 @@ pub fn count(reason: Reason) {
 /// The node's settings; `None` cannot happen with an array's only entry, but the verifier wants the question asked.
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
-    if MESH_ABI_2.load() != ABI_VERSION {
+    if MESH_ABI_3.load() != ABI_VERSION {
         return None;
     }
     CONFIG.get(0)

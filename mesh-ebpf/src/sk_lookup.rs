@@ -3,7 +3,8 @@
 //!
 //! | situation | answer |
 //! | --- | --- |
-//! | loopback, self traffic and the agent's deliveries, excluded port, the node's probe of a probe port | passes |
+//! | loopback, self traffic and the agent's deliveries, excluded port | passes |
+//! | a flow announced as direct, or as the node's own and to a probe port | passes |
 //! | local address unknown to the mesh (map miss) | reset: it would be a way around the mesh |
 //! | no agent listens, fail mode refuse | reset |
 //! | no agent listens, fail mode pass | passes |
@@ -15,11 +16,16 @@ use aya_ebpf::{
     macros::sk_lookup,
     programs::SkLookupContext,
 };
-use mesh_abi::steer::{self, Arrival, Verdict};
+use core::ptr;
+use mesh_abi::{
+    Endpoint,
+    announce::Tuple,
+    steer::{self, Arrival, Verdict},
+};
 
 use crate::{
     context::{address, either, word},
-    maps::{LISTENERS, STEER, config, count},
+    maps::{ANNOUNCED, LISTENERS, STEER, config, count},
 };
 
 const AF_INET: u32 = 2;
@@ -29,7 +35,7 @@ const IPPROTO_TCP: u32 = 6;
 pub fn steer_inbound(ctx: SkLookupContext) -> u32 {
     let raw = ctx.lookup;
     // SAFETY: fields of the context.
-    let arrival = unsafe {
+    let (arrival, remote_port) = unsafe {
         let is_v4 = word(&raw const (*raw).family) == AF_INET;
         let local = either(
             is_v4,
@@ -41,19 +47,29 @@ pub fn steer_inbound(ctx: SkLookupContext) -> u32 {
             word(&raw const (*raw).remote_ip4),
             address(&raw const (*raw).remote_ip6),
         );
-        Arrival {
+        let arrival = Arrival {
             local,
             local_port: word(&raw const (*raw).local_port) as u16,
             remote,
             is_tcp: word(&raw const (*raw).protocol) == IPPROTO_TCP,
-        }
+        };
+        // In network order, and of two bytes: a wider access is not allowed on every kernel.
+        (arrival, u16::from_be(ptr::read_volatile(&raw const (*raw).remote_port)))
     };
     let Some(config) = config() else {
         return SK_DROP;
     };
     // SAFETY: the entry is read only; an update replaces it as a whole, and it outlives the program.
     let entry = unsafe { STEER.get(&arrival.local) };
-    let verdict = match steer::decide(config, entry, &arrival) {
+    let announced = || {
+        let tuple = Tuple::new(
+            Endpoint::new(arrival.remote, remote_port),
+            Endpoint::new(arrival.local, arrival.local_port),
+        );
+        // SAFETY: as above.
+        unsafe { ANNOUNCED.get(&tuple) }.copied()
+    };
+    let verdict = match steer::decide(config, entry, &arrival, announced) {
         // Flags 0: the kernel picks among the listener's SO_REUSEPORT group, that is among the agent's workers.
         Verdict::Agent => match LISTENERS.redirect_sk_lookup(&ctx, arrival.local, 0) {
             Ok(()) => {

@@ -1,8 +1,10 @@
-//! `sockops`: ties a captured socket to the flow that the agent will accept, and an accepted socket to its source.
+//! `sockops`: ties a captured socket to the flow that the agent will accept, and an accepted socket to its source; tells
+//! the namespaces of pods which flows need no agent.
 //!
 //! At TCP_CONNECT the local port is chosen and the SYN not yet sent, so the original destination is in the map before
 //! the agent can accept. If it cannot be written (which an LRU map does not do), the agent finds none and refuses.
-//! The entry of a connect that is refused goes with it. At PASSIVE_ESTABLISHED the source that the agent presents is
+//! The entry of a connect that is refused goes with it. An announced flow's entry is written then too, and goes when its
+//! socket closes, before its port can be used again. At PASSIVE_ESTABLISHED the source that the agent presents is
 //! kept in the accepted socket, so that it stays true after the agent's end of the connection is gone. This program
 //! never refuses anything; sockets that are not ours cost it one compare or one storage lookup.
 
@@ -12,11 +14,14 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use mesh_abi::{Addr, Endpoint, FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, Reason, SocketView};
+use mesh_abi::{
+    Addr, Endpoint, FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, Reason, SocketView,
+    announce::{self, Tuple},
+};
 
 use crate::{
     context::{address, either, keep_socket_view, netns_cookie, socket_view, word},
-    maps::{ORIG_BY_FLOW, PEERS, count},
+    maps::{ANNOUNCED, ORIG_BY_FLOW, PEERS, count},
 };
 
 const TCP_CONNECT: u32 = 3;
@@ -51,40 +56,81 @@ pub fn follow_sockets(ctx: SockOpsContext) -> u32 {
     1
 }
 
-/// The key under which the agent will look for this socket's flow, and where it wanted to go.
+/// The socket's own end of the flow that it connects for. A v4-mapped socket is of family IPv6, but its flow is IPv4, as
+/// what it asked for says.
 ///
 /// # Safety
-/// `ops` must be the program's context and `sk` its socket.
+/// `ops` must be the program's context.
 #[inline(always)]
-unsafe fn captured_flow(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) -> Option<(FlowKey, Endpoint)> {
-    // SAFETY: by the caller's promise.
+unsafe fn local_end(ops: *mut bpf_sock_ops, view: &SocketView) -> Endpoint {
+    // SAFETY: fields of the context, by the caller's promise.
     unsafe {
-        let view = socket_view(sk)?;
-        if view.role != ROLE_CAPTURED {
-            return None;
-        }
-        // A v4-mapped socket is of family IPv6, but its flow to the agent is IPv4.
         let local = either(
             view.peer.addr.is_v4(),
             word(&raw const (*ops).local_ip4),
             address(&raw const (*ops).local_ip6),
         );
-        let port = word(&raw const (*ops).local_port) as u16;
-        Some((FlowKey::new(netns_cookie(ops), Endpoint::new(local, port)), view.peer))
+        Endpoint::new(local, word(&raw const (*ops).local_port) as u16)
     }
 }
 
+/// The key under which the agent will look for a captured socket's flow.
+///
 /// # Safety
-/// As for `captured_flow`.
+/// As for `local_end`.
+#[inline(always)]
+unsafe fn flow_key(ops: *mut bpf_sock_ops, view: &SocketView) -> FlowKey {
+    // SAFETY: by the caller's promise.
+    FlowKey::new(netns_cookie(ops), unsafe { local_end(ops, view) })
+}
+
+/// The key under which a flow is announced.
+///
+/// # Safety
+/// As for `local_end`.
+#[inline(always)]
+unsafe fn tuple(ops: *mut bpf_sock_ops, view: &SocketView) -> Tuple {
+    // SAFETY: fields of the context, by the caller's promise.
+    unsafe {
+        let remote = either(
+            view.peer.addr.is_v4(),
+            word(&raw const (*ops).remote_ip4),
+            address(&raw const (*ops).remote_ip6),
+        );
+        Tuple::new(local_end(ops, view), Endpoint::new(remote, remote_port(ops)))
+    }
+}
+
+/// The peer's port, which the context holds in network order in the high half.
+///
+/// # Safety
+/// As for `local_end`.
+#[inline(always)]
+unsafe fn remote_port(ops: *mut bpf_sock_ops) -> u16 {
+    // SAFETY: a field of the context, by the caller's promise.
+    unsafe { word(&raw const (*ops).remote_port).swap_bytes() as u16 }
+}
+
+/// # Safety
+/// `ops` must be the program's context and `sk` its socket.
 #[inline(always)]
 unsafe fn connecting(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
     // SAFETY: by the caller's promise.
     unsafe {
-        let Some((key, destination)) = captured_flow(ops, sk) else {
+        let Some(view) = socket_view(sk) else {
             return;
         };
-        if ORIG_BY_FLOW.insert(&key, &destination, 0).is_err() {
-            count(Reason::FlowNotWritten);
+        if view.role == ROLE_CAPTURED {
+            if ORIG_BY_FLOW.insert(&flow_key(ops, view), &view.peer, 0).is_err() {
+                count(Reason::FlowNotWritten);
+                return;
+            }
+        } else if let Some(announcement) = announce::of(view) {
+            if ANNOUNCED.insert(&tuple(ops, view), &announcement, 0).is_err() {
+                count(Reason::AnnouncementNotWritten);
+                return;
+            }
+        } else {
             return;
         }
         let flags = word(&raw const (*ops).bpf_sock_ops_cb_flags) as i32;
@@ -93,31 +139,41 @@ unsafe fn connecting(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
 }
 
 /// The end of SYN_SENT is all we want to know of a captured socket: refused or not. (At CLOSE it would be too late:
-/// an application may have sent, closed and gone before the agent accepts.)
+/// an application may have sent, closed and gone before the agent accepts.) Of one that announced, its end.
 ///
 /// # Safety
-/// As for `captured_flow`.
+/// As for `connecting`.
 #[inline(always)]
 unsafe fn changed(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
     // SAFETY: by the caller's promise.
     unsafe {
         let args: *const u32 = (&raw const (*ops).__bindgen_anon_1).cast();
         let (old, new) = (word(args), word(args.add(1)));
-        if old != TCP_SYN_SENT {
+        if old != TCP_SYN_SENT && new != TCP_CLOSE {
+            return;
+        }
+        let Some(view) = socket_view(sk) else {
+            return;
+        };
+        if announce::of(view).is_some() {
+            if new == TCP_CLOSE {
+                let _evicted_already_is_fine = ANNOUNCED.remove(&tuple(ops, view));
+            }
+            return;
+        }
+        if view.role != ROLE_CAPTURED || old != TCP_SYN_SENT {
             return;
         }
         let flags = word(&raw const (*ops).bpf_sock_ops_cb_flags) as i32;
         bpf_sock_ops_cb_flags_set(ops, flags & !STATE_CB_FLAG);
-        if new == TCP_CLOSE
-            && let Some((key, _)) = captured_flow(ops, sk)
-        {
-            let _gone_already_is_fine = ORIG_BY_FLOW.remove(&key);
+        if new == TCP_CLOSE {
+            let _gone_already_is_fine = ORIG_BY_FLOW.remove(&flow_key(ops, view));
         }
     }
 }
 
 /// # Safety
-/// As for `captured_flow`.
+/// As for `connecting`.
 #[inline(always)]
 unsafe fn accepted(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
     // SAFETY: by the caller's promise.
@@ -138,9 +194,7 @@ unsafe fn accepted(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
         if local.is_loopback() || !(local.same(&remote) || remote.is_loopback()) {
             return;
         }
-        // The port is in network order in the high half.
-        let port = word(&raw const (*ops).remote_port).swap_bytes() as u16;
-        let key = FlowKey::new(netns_cookie(ops), Endpoint::new(remote, port));
+        let key = FlowKey::new(netns_cookie(ops), Endpoint::new(remote, remote_port(ops)));
         let Some(peer) = PEERS.get(&key) else {
             return;
         };
@@ -148,6 +202,7 @@ unsafe fn accepted(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
             peer: Endpoint::new(peer.addr, peer.port),
             local: Addr::NONE,
             role: ROLE_ACCEPTED,
+            number: 0,
         };
         if !keep_socket_view(sk, &view) {
             count(Reason::PeerNotWritten);

@@ -26,6 +26,14 @@ impl Kernel {
     /// Guards the processes below these cgroup2 directories from now on. Every namespace that is to go on must be
     /// enrolled or known before.
     pub fn raise_guard(&self, cgroups: &[impl AsRef<Path>]) -> Result<(), KernelError> {
+        self.set_guarded(cgroups)?;
+        let _writer = self.writer.lock();
+        self.set_guard(if cgroups.is_empty() { GUARD_OFF } else { GUARD_REFUSE })
+    }
+
+    /// Says which cgroup2 directories hold the processes of pods, whether they are guarded or not: those that share the
+    /// node's network namespace are told from the node's own by it.
+    pub fn set_guarded(&self, cgroups: &[impl AsRef<Path>]) -> Result<(), KernelError> {
         let _writer = self.writer.lock();
         let ids: BTreeSet<u64> = cgroups
             .iter()
@@ -39,7 +47,7 @@ impl Kernel {
                 self.maps.guarded.delete(&old)?;
             }
         }
-        self.set_guard(if ids.is_empty() { GUARD_OFF } else { GUARD_REFUSE })
+        Ok(())
     }
 
     /// Leaves unknown namespaces alone from now on.

@@ -192,6 +192,7 @@ fn open_maps(ebpf: &Ebpf) -> Result<Maps, KernelError> {
             names::FLOWS_MAX,
         ),
         peers: Map::new(map_fd(ebpf, names::PEERS)?, names::PEERS, names::PEERS_MAX),
+        announced: Map::new(map_fd(ebpf, names::ANNOUNCED)?, names::ANNOUNCED, names::ANNOUNCED_MAX),
         reasons: Map::new(map_fd(ebpf, names::REASONS)?, names::REASONS, REASONS),
     })
 }

@@ -7,7 +7,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::{io, marker::PhantomData, os::fd::OwnedFd};
 
 use aya::Pod;
-use mesh_abi::{Addr, Config, Endpoint, FlowKey, PodEntry, Reason, SteerEntry, maps as names};
+use mesh_abi::{
+    Addr, Config, Endpoint, FlowKey, PodEntry, Reason, SteerEntry,
+    announce::{Announcement, Tuple},
+    maps as names,
+};
 
 use super::{KernelError, MapGauge, ReasonCount, sys};
 
@@ -31,6 +35,7 @@ pub struct Maps {
     pub listeners: Listeners,
     pub flows: Map<FlowKey, Endpoint>,
     pub peers: Map<FlowKey, Endpoint>,
+    pub announced: Map<Tuple, Announcement>,
     pub reasons: Map<u32, u64>,
 }
 
@@ -135,6 +140,7 @@ impl Maps {
             self.listeners.0.gauge(),
             self.flows.gauge(),
             self.peers.gauge(),
+            self.announced.gauge(),
         ];
         gauges
             .into_iter()

@@ -74,6 +74,8 @@ pub struct KernelConfig {
     /// The addresses that the node's kubelet probes from, at most [`NODE_ADDRESSES_MAX`]; see [`node_addresses`]. Those
     /// that become known later are added by [`Kernel::add_node_addresses`].
     pub node_addresses: Vec<IpAddr>,
+    /// The node's own network namespace, in which its kubelet lives.
+    pub home: NetnsCookie,
     /// Whether debug builds of the programs log each decision.
     pub debug: bool,
 }
@@ -464,6 +466,7 @@ fn config_entry(config: &KernelConfig) -> Result<Config, KernelError> {
         },
         debug: config.debug.into(),
         guard: GUARD_OFF,
+        home: config.home.0,
         node,
     })
 }

@@ -79,6 +79,9 @@ impl Gate {
     pub fn new(config: GateConfig, kernel: Arc<Kernel>, home: NetnsCookie) -> Result<Gate, KernelError> {
         // The node's own namespace, and with it the pods that share it.
         kernel.know(home)?;
+        if let Err(error) = kernel.set_guarded(&config.roots) {
+            tracing::error!(error = %Chain(&error), "pods of the node's network cannot be told from the node");
+        }
         Ok(Gate {
             config,
             known: kernel.known()?,

@@ -126,6 +126,7 @@ impl World {
                 format!("10.99.{number}.1").parse().unwrap(),
                 format!("fd99:{number}::1").parse().unwrap(),
             ],
+            home: Netns::open(Path::new(&format!("/run/netns/{outside}"))).unwrap().cookie(),
             debug: false,
         };
         change(&mut config);
