@@ -4,6 +4,8 @@
 //! pin directory. The test's process plays the agent and, on threads, the applications. Needs root; a test never
 //! passes by being skipped.
 
+#[path = "kernel/announce.rs"]
+mod announce;
 #[path = "kernel/guard.rs"]
 mod guard;
 #[path = "kernel/pods.rs"]

@@ -126,7 +126,9 @@ impl World {
                 format!("10.99.{number}.1").parse().unwrap(),
                 format!("fd99:{number}::1").parse().unwrap(),
             ],
-            home: Netns::open(Path::new(&format!("/run/netns/{outside}"))).unwrap().cookie(),
+            home: Netns::open(Path::new(&format!("/run/netns/{outside}")))
+                .unwrap()
+                .cookie(),
             debug: false,
         };
         change(&mut config);
@@ -175,6 +177,11 @@ impl World {
     /// The file of the pod's network namespace.
     pub fn netns_path(&self) -> PathBuf {
         PathBuf::from(format!("/run/netns/{}-pod", self.name))
+    }
+
+    /// The file of the network namespace outside, which is the node's.
+    pub fn outside_path(&self) -> PathBuf {
+        PathBuf::from(format!("/run/netns/{}-out", self.name))
     }
 
     /// The pod's address.
@@ -227,7 +234,7 @@ impl World {
 
     /// Runs a program on a thread outside.
     pub fn outside<T: Send + 'static>(&self, program: impl FnOnce() -> T + Send + 'static) -> T {
-        run_in(Path::new(&format!("/run/netns/{}-out", self.name)), program)
+        run_in(&self.outside_path(), program)
     }
 
     /// Makes an agent's listeners and captures the pod, without exceptions.
