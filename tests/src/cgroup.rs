@@ -1,7 +1,8 @@
 //! The lab's control groups: where the cgroup2 hierarchy is mounted, and making, killing and removing groups in it.
 //!
 //! `<mount>/nodemesh-lab/<lab>/<node>/<pod>` holds the pods: `<lab>/<node>` is what a node's agent takes for the root
-//! of its node. Agents and the controller live beside the nodes, so that no agent captures another one.
+//! of its node, and `<lab>/<node>/host` holds what runs on the node itself. Agents and the controller live beside the
+//! nodes, so that no agent captures another one.
 
 use std::{
     fs, io,

@@ -201,6 +201,19 @@ pub fn pod_cgroup(lab_cgroup: &Path, pod: &Pod) -> PathBuf {
         .join(format!("{}_{}", pod.namespace, pod.name))
 }
 
+/// Where a program of the node itself runs: beside its pods' cgroups, within what the node's agent looks at.
+pub fn node_site(state: &State, lab_cgroup: &Path, node: &str) -> Result<Site> {
+    let cgroup = lab_cgroup.join(node).join("host");
+    crate::cgroup::create(&cgroup)?;
+    Ok(Site {
+        netns: plan::node_netns(&state.name, node),
+        cgroup,
+        own_mounts: false,
+        directory: state::directory(&state.name),
+        env: None,
+    })
+}
+
 /// Makes everything of a pod but its processes.
 pub fn make_pod(state: &State, lab_cgroup: &Path, pod: &Pod) -> Result<()> {
     let name = || format!("make the pod {}", pod.full_name());
@@ -455,7 +468,7 @@ fn attempt(
     probe: &Probe,
 ) -> Result<()> {
     let limit = probe.timeout_seconds.map_or(PROBE_TIMEOUT, Duration::from_secs);
-    let node = plan::node_netns(&state.name, &pod.node);
+    let node = node_site(state, lab_cgroup, &pod.node)?;
     let address = pod.addresses[0];
     if let Some(exec) = &probe.exec {
         site(state, lab_cgroup, pod, Some(container))?

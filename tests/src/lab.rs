@@ -338,11 +338,7 @@ impl Lab {
         };
         match place {
             Place::Pod(name) => kubelet::pod_site(&state, &self.cgroup, state.pod(name)?),
-            // Outside of the node's cgroup: what runs there is the node's, not a pod's.
-            Place::Node(name) => bare(
-                plan::node_netns(&self.name, &state.node(name)?.name),
-                self.cgroup.join(format!("host-{name}")),
-            ),
+            Place::Node(name) => kubelet::node_site(&state, &self.cgroup, &state.node(name)?.name),
             Place::Controller => bare(plan::controller_netns(&self.name), self.cgroup.join("host-controller")),
             Place::Fabric => bare(plan::fabric_netns(&self.name), self.cgroup.join("host-fabric")),
         }

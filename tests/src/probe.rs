@@ -1,65 +1,50 @@
-//! Readiness probes as a kubelet makes them: from the node's network namespace to the pod's own address.
+//! Readiness probes as a kubelet makes them: by a program of the node, to the pod's own address. It runs in the node's
+//! cgroup, where the agent's programs see it connect.
 
-use std::{
-    io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpStream},
-    time::Duration,
+use std::{ffi::OsStr, net::IpAddr, net::SocketAddr, process::Command, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    netns,
+    process::{Output, Site},
 };
 
-use anyhow::{Context, Result, bail, ensure};
-
-use crate::netns;
-
-/// How much of an answer is read.
-const ANSWER_MAX: u64 = 64 * 1024;
-
-/// Opens a connection to the address from inside the namespace.
-pub fn tcp(netns: &str, address: IpAddr, port: u16, limit: Duration) -> Result<()> {
-    netns::within(netns, || {
-        let address = SocketAddr::new(address, port);
-        TcpStream::connect_timeout(&address, limit).with_context(|| format!("connect to {address}"))?;
-        Ok(())
-    })
+/// Opens a connection to the address from the node.
+pub fn tcp(node: &Site, address: IpAddr, port: u16, limit: Duration) -> Result<()> {
+    let open = format!("exec 3<>/dev/tcp/{address}/{port}");
+    let limit = format!("{:.3}", limit.as_secs_f64());
+    run(node.run(&["timeout", &limit, "bash", "-c", &open]))
+        .with_context(|| format!("connect to {address} port {port}"))?;
+    Ok(())
 }
 
-/// Sends a GET from inside the namespace; a status from 200 to 399 is success. Gives the body's beginning.
-pub fn http(netns: &str, address: IpAddr, port: u16, path: &str, limit: Duration) -> Result<String> {
-    let (status, body) = http_get(netns, SocketAddr::new(address, port), path, limit)?;
-    ensure!((200..400).contains(&status), "{address}:{port}{path} answered {status}");
-    Ok(body)
+/// Sends a GET from the node; a status from 200 to 399 is success. Gives the body.
+pub fn http(node: &Site, address: IpAddr, port: u16, path: &str, limit: Duration) -> Result<String> {
+    let url = format!("http://{}{path}", SocketAddr::new(address, port));
+    let limit = format!("{:.3}", limit.as_secs_f64());
+    let options = [
+        "curl",
+        "-sS",
+        "--fail",
+        "-A",
+        "kube-probe/lab",
+        "--max-time",
+        &limit,
+        &url,
+    ];
+    run(node.run(&options))
 }
 
-fn http_get(netns: &str, address: SocketAddr, path: &str, limit: Duration) -> Result<(u16, String)> {
-    let answer = netns::within(netns, || {
-        let mut stream =
-            TcpStream::connect_timeout(&address, limit).with_context(|| format!("connect to {address}"))?;
-        stream.set_read_timeout(Some(limit))?;
-        stream.set_write_timeout(Some(limit))?;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nhost: {address}\r\nuser-agent: kube-probe/lab\r\naccept: */*\r\nconnection: close\r\n\r\n"
-        )?;
-        let mut answer = Vec::new();
-        stream
-            .take(ANSWER_MAX)
-            .read_to_end(&mut answer)
-            .with_context(|| format!("read from {address}"))?;
-        Ok(answer)
-    })?;
-    let answer = String::from_utf8_lossy(&answer);
-    let Some((head, body)) = answer.split_once("\r\n\r\n") else {
-        bail!("{address}: no HTTP answer: {answer:?}");
-    };
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-    Ok((
-        status.with_context(|| format!("{address}: no status in {head:?}"))?,
-        body.to_string(),
-    ))
+fn run(mut command: Command) -> Result<String> {
+    let program = command.get_args().last().map(OsStr::to_owned).unwrap_or_default();
+    let output: Output = command.output().with_context(|| format!("probe {program:?}"))?.into();
+    output.ok()
 }
 
 /// Fetches a whole text from inside the namespace, of any length, by `curl`.
 pub fn fetch(netns: &str, url: &str, limit: Duration) -> Result<String> {
-    let mut command = std::process::Command::new("nsenter");
+    let mut command = Command::new("nsenter");
     command
         .arg(format!("--net={}", netns::path(netns).display()))
         .args(["curl", "--silent", "--show-error", "--fail", "--max-time"])

@@ -306,31 +306,69 @@ fn the_kubelets_probes_pass_under_strict_and_nobody_elses() -> Result<()> {
     let cluster = Cluster::shared()?;
     let scope = Scope::new(&cluster, "probed", "nodemesh.io/mesh: enabled")?;
     let plain = Scope::new(&cluster, "prober", "")?;
-    strict(&scope)?;
     let probes = "    startupProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
     livenessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1, failureThreshold: 2}
     readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1, failureThreshold: 1}
 ";
     scope.apply(&on_node(&pod("web", WEB, probes), "node1"))?;
+    scope.apply(
+        "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {type: NodePort, selector: {app: web}, ports: \
+         [{port: 80, targetPort: 8080}]}}",
+    )?;
+    let sleep = "import time\ntime.sleep(3600)";
+    plain.apply(&pod("curl", sleep, ""))?;
+    let shares_the_node = pod("hosted", sleep, "").replacen("\nspec:\n", "\nspec:\n  hostNetwork: true\n", 1);
+    plain.apply(&on_node(&shares_the_node, "node1"))?;
+    address(&plain, "curl")?;
+    address(&plain, "hosted")?;
     let web = address(&scope, "web")?;
+    let service = scope.get(scope.namespace(), "service", "web")?;
+    let node_port = &service["spec"]["ports"][0]["nodePort"];
+    // kube-proxy gives its own node's address to what comes from outside of the cluster: at node 1 that is the prober's.
+    let by_node_port = || -> Result<Vec<Output>> {
+        let nodes = 1..=cluster.nodes()?;
+        let ask = |node| {
+            let mut curl = cluster.command("curl");
+            let url = format!("http://172.30.0.1{node}:{node_port}/");
+            curl.args(["-sS", "--fail", "--max-time", "5", &url]);
+            Ok(curl.output()?.into())
+        };
+        nodes.map(ask).collect()
+    };
+    cluster.until("the node port answers while the pod is permissive", || {
+        let answers = by_node_port()?;
+        Ok(answers.iter().all(|answer| answer.stdout == "ok\n").then_some(()))
+    })?;
+    strict(&scope)?;
+    let url = format!("http://{web}:8080/");
+    let curl = ["curl", "-sS", "--fail", "--max-time", "5", &url];
+    cluster.until("the pod is strict", || {
+        Ok((!plain.exec("curl", &curl)?.status.success()).then_some(()))
+    })?;
     let probed = verdicts(&cluster, "inbound-probe")?;
     cluster.until("probes go on", || {
         Ok((verdicts(&cluster, "inbound-probe")? > probed + 5.0).then_some(()))
     })?;
+
+    // The same port, asked by others: by the node's port from outside, by a pod that shares the node's address, from
+    // the node's namespace out of anybody's sight, and from another node.
+    for answer in by_node_port()? {
+        assert!(!answer.status.success(), "by the node's port: {answer}");
+    }
+    let by_pod = plain.exec("hosted", &curl)?;
+    assert!(!by_pod.status.success(), "by a pod of the node's network: {by_pod}");
+    let unseen = cluster.http_on_node(1, &url);
+    assert!(unseen.is_err(), "from the node's address alone: {unseen:?}");
+    for node in 1..=cluster.nodes()? {
+        let by_node = cluster.exec_on_node(node, &curl)?;
+        assert_eq!(
+            by_node.status.success(),
+            node == 1,
+            "a process of node {node}: {by_node}"
+        );
+    }
     let pod_now = scope.get(scope.namespace(), "pod", "web")?;
     assert_eq!(pod_now["status"]["containerStatuses"][0]["restartCount"], 0);
-
-    // The same port, asked by others: a pod outside the mesh, and another node.
-    plain.apply(&pod("curl", "import time\ntime.sleep(3600)", ""))?;
-    address(&plain, "curl")?;
-    let url = format!("http://{web}:8080/");
-    let by_pod = plain.exec("curl", &["curl", "-sS", "--max-time", "5", &url])?;
-    assert!(!by_pod.status.success(), "{by_pod}");
-    assert!(cluster.http_on_node(1, &url).is_ok(), "this node's own");
-    if cluster.nodes()? > 1 {
-        let by_node = cluster.http_on_node(2, &url);
-        assert!(by_node.is_err(), "another node's: {by_node:?}");
-    }
     Ok(())
 }
 

@@ -392,7 +392,7 @@ spec: {targetRefs: [{kind: Pod, selector: {matchLabels: {app: probed}}}], mtls: 
 apiVersion: v1
 kind: Service
 metadata: {name: probed}
-spec: {type: NodePort, externalTrafficPolicy: Local, selector: {app: probed}, ports: [{name: http, port: 80, targetPort: 8080}]}
+spec: {type: NodePort, selector: {app: probed}, ports: [{name: http, port: 80, targetPort: 8080}]}
 "#;
 
 const ASK_UDP: &str = r#"

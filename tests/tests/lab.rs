@@ -119,11 +119,11 @@ fn a_pod_has_its_own_names_cgroup_and_environment() -> Result<()> {
     assert!(addresses.contains(&own.to_string()), "{addresses}");
     // Exit codes pass through.
     assert_eq!(lab.exec("shop/client", &["sh", "-c", "exit 7"])?.code(), 7);
-    // What runs on a node is outside of the cgroup that the node's agent would capture.
-    let outside = lab
+    // What runs on a node is within what the node's agent looks at, and in no pod.
+    let host = lab
         .exec_in(Place::Node("node-1"), &["cat", "/proc/self/cgroup"])?
         .ok()?;
-    assert!(outside.contains(&format!("{}/host-node-1", lab.name())), "{outside}");
+    assert!(host.contains(&format!("{}/node-1/host\n", lab.name())), "{host}");
     lab.down()
 }
 

@@ -289,7 +289,7 @@ impl Demo {
             format!("stranger {before} before, curl exit {code} after; visitor {inside}"),
             before == "200" && code != 0 && inside == "200",
         );
-        let node = self.lab.netns(Place::Node("node-2"))?;
+        let node = self.lab.site(Place::Node("node-2"))?;
         let address = self.lab.pod_ip("shop/cart-v1")?;
         let probed = probe::http(&node, address, HTTP_PORT, "/healthz", Duration::from_secs(2));
         self.fact(
@@ -428,7 +428,7 @@ impl Demo {
         self.step("A circuit breaker: the stock breaks; after five failures it is left alone, and tried again two seconds later.");
         self.apply("breaker.yaml")?;
         let stock = self.lab.pod_ip("shop/stock")?;
-        let node = self.lab.netns(Place::Node("node-2"))?;
+        let node = self.lab.site(Place::Node("node-2"))?;
         let ask = |path: &str| probe::http(&node, stock, HTTP_PORT, path, Duration::from_secs(2));
         let served = || -> Result<u64> { Ok(ask("/served")?.trim().parse()?) };
         ask("/break")?;
