@@ -21,8 +21,9 @@ pub struct FlowKey {
     pub netns: u64,
     /// The connecting socket's local address and port.
     pub source: Endpoint,
-    /// Zero.
-    pub pad: u32,
+    /// Of a connection captured in the node's own namespace: the port of the agent's listener that it was sent to. The
+    /// pods that share that namespace have listeners of their own, and none may pass for another. Else 0.
+    pub agent_port: u32,
 }
 
 /// What the hooks know of a socket: kept in the socket itself, freed with it, never evicted.
@@ -43,6 +44,20 @@ impl FlowKey {
     /// The key of the socket with that local address in that network namespace.
     #[inline(always)]
     pub const fn new(netns: u64, source: Endpoint) -> FlowKey {
-        FlowKey { netns, source, pad: 0 }
+        FlowKey {
+            netns,
+            source,
+            agent_port: 0,
+        }
+    }
+
+    /// The key of a connection captured in the node's own namespace that was sent to the agent's listener at that port.
+    #[inline(always)]
+    pub const fn captured(netns: u64, source: Endpoint, agent_port: u16) -> FlowKey {
+        FlowKey {
+            netns,
+            source,
+            agent_port: agent_port as u32,
+        }
     }
 }

@@ -13,7 +13,7 @@ const _: () = {
     assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 4);
     assert!(size_of::<Endpoint>() == 20 && align_of::<Endpoint>() == 4 && offset_of!(Endpoint, port) == 16);
     assert!(size_of::<FlowKey>() == 32 && align_of::<FlowKey>() == 8);
-    assert!(offset_of!(FlowKey, source) == 8 && offset_of!(FlowKey, pad) == 28);
+    assert!(offset_of!(FlowKey, source) == 8 && offset_of!(FlowKey, agent_port) == 28);
     assert!(size_of::<SocketView>() == 44 && align_of::<SocketView>() == 4);
     assert!(offset_of!(SocketView, local) == 20 && offset_of!(SocketView, role) == 36);
     assert!(offset_of!(SocketView, number) == 40);

@@ -50,6 +50,8 @@ pub mod maps {
     pub const AGENTS: &str = "AGENTS";
     /// netns cookie -> `PodEntry`.
     pub const PODS: &str = "PODS";
+    /// cgroup id -> `PodEntry`: enrolled pods that share the node's network namespace.
+    pub const HOSTED: &str = "HOSTED";
     /// `Addr` -> `SteerEntry`.
     pub const STEER: &str = "STEER";
     /// `Addr` -> listening socket.
@@ -73,13 +75,14 @@ pub mod maps {
     pub const STRANGERS: &str = "STRANGERS";
 
     /// Every map.
-    pub const ALL: [&str; 13] = [
+    pub const ALL: [&str; 14] = [
         CONFIG,
         AGENTS,
         GUARDED,
         KNOWN,
         STRANGERS,
         PODS,
+        HOSTED,
         STEER,
         LISTENERS,
         SOCKETS,
@@ -99,6 +102,8 @@ pub mod maps {
     pub const STRANGERS_MAX: u32 = 1024;
     /// Pods on a node.
     pub const PODS_MAX: u32 = 4096;
+    /// Pods of a node that share its network namespace.
+    pub const HOSTED_MAX: u32 = 1024;
     /// Pod addresses on a node.
     pub const STEER_MAX: u32 = 4 * PODS_MAX;
     /// Captured connections that the agent has not accepted yet.

@@ -8,6 +8,8 @@
 mod announce;
 #[path = "kernel/guard.rs"]
 mod guard;
+#[path = "kernel/hosted.rs"]
+mod hosted;
 #[path = "kernel/pods.rs"]
 mod pods;
 #[path = "kernel/sandboxes.rs"]

@@ -422,7 +422,7 @@ impl Story<'_> {
     fn follow_endpoint(&mut self, source: &Workload, endpoint: &Endpoint, request: Option<&PlainRequest>) -> Verdict {
         let destination = &endpoint.workload;
         let who = endpoint_name(endpoint);
-        if !destination.enrolled {
+        if !destination.is_steered() {
             self.step(
                 "transport",
                 None,

@@ -81,8 +81,8 @@ pub struct Workload {
     pub name: ObjectName,
     /// `metadata.uid` of the Pod, by which its node's agent finds its processes; empty in standalone mode.
     pub uid: Arc<str>,
-    /// Whether it has its node's own network. Its addresses are then the node's and nobody's own: it is never enrolled,
-    /// never named by its address, and as an endpoint it is reached in plaintext.
+    /// Whether it has its node's own network. Its addresses are then the node's and nobody's own: it is never named by its
+    /// address alone, and as an endpoint it is reached in plaintext. If it is enrolled, it is so as a source.
     pub host_network: bool,
     /// The owner's name for telemetry (`app.kubernetes.io/name`, `app`, else the Pod's name).
     pub app: Arc<str>,
@@ -101,7 +101,7 @@ pub struct Workload {
     pub addresses: Vec<IpAddr>,
     /// Its labels.
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
-    /// Whether `nodemesh.io/mesh` enrols it.
+    /// Whether `nodemesh.io/mesh` enrols it; see [`Workload::is_steered`] for what arrives at it.
     pub enrolled: bool,
     /// Whether it is ready to serve; never while it terminates.
     pub ready: bool,
@@ -221,6 +221,12 @@ impl Service {
 }
 
 impl Workload {
+    /// Whether what arrives at it is handed to its node's agent. The sockets of a pod with its node's network have no
+    /// namespace of their own to steer in.
+    pub const fn is_steered(&self) -> bool {
+        self.enrolled && !self.host_network
+    }
+
     /// Who listens at an endpoint of that service which is no pod: nobody of the mesh. It is not enrolled, proves
     /// nothing, and is in no view.
     pub fn outside(domain: &TrustDomain, service: &ObjectName, address: IpAddr, node: Arc<str>) -> Workload {

@@ -118,7 +118,9 @@ fn the_pods_label_wins_over_its_namespaces() {
         ("disabled", "enabled", false, true),
         ("", "enabled", false, true),
         ("disabled", "", false, false),
-        ("enabled", "enabled", true, false),
+        // As a source.
+        ("enabled", "enabled", true, true),
+        ("", "", true, false),
     ];
     let label = |value: &str| match value {
         "" => "{}".to_owned(),

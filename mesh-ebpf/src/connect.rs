@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | network namespace not enrolled (map miss) | untouched; the node's own to one of its pods is marked |
 //! | the same, in a guarded cgroup and not known either | `ECONNREFUSED`, except to loopback |
+//! | a process of an enrolled pod in the node's own namespace | as a pod; the node's own addresses pass |
 //! | loopback, the pod's own address, excluded port, the agent's own socket | passes as asked |
 //! | no agent listener of that family, or bound to a device that it cannot be taken off | `ENETUNREACH` |
 //! | the original destination cannot be kept (no memory) | `ENOBUFS` |
@@ -32,8 +33,9 @@ use crate::{
         forget_socket_view, keep_socket_view, netns_cookie, set_user4, set_user6, user_address4, user_address6,
         user_port, word,
     },
-    guard, node,
+    guard, hosted,
     maps::{AGENTS, PODS, config, count},
+    node,
 };
 
 const ALLOW: i32 = 1;
@@ -88,6 +90,16 @@ fn judge(ctx: &SockAddrContext, destination: Endpoint) -> Answer {
     let cookie = netns_cookie(raw);
     // SAFETY: the entry is read only; an update replaces it as a whole, and it outlives the program.
     let pod = unsafe { PODS.get(&cookie) };
+    let pod = match pod {
+        Some(pod) => Some(pod),
+        None => match hosted::entry(cookie) {
+            // The kubelet and the node's other daemons, and what a Service offers on each node.
+            Some(_) if config().is_some_and(|config| config.is_node(&destination.addr)) => {
+                return pass(raw, Reason::OutboundSelf);
+            }
+            pod => pod,
+        },
+    };
     // SAFETY: a field of the context.
     let is_tcp = unsafe { word(&raw const (*raw).protocol) } == IPPROTO_TCP;
     let Some(pod) = pod else {

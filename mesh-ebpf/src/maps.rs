@@ -42,6 +42,11 @@ pub static STRANGERS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(maps::
 #[map]
 pub static PODS: HashMap<u64, PodEntry> = HashMap::with_max_entries(maps::PODS_MAX, BPF_F_NO_PREALLOC);
 
+/// Enrolled pods that share the node's network namespace, by the id of their cgroup. Written at enrolment, deleted at
+/// retirement.
+#[map]
+pub static HOSTED: HashMap<u64, PodEntry> = HashMap::with_max_entries(maps::HOSTED_MAX, BPF_F_NO_PREALLOC);
+
 /// Addresses of enrolled pods. Written and deleted with `PODS`.
 #[map]
 pub static STEER: HashMap<Addr, SteerEntry> = HashMap::with_max_entries(maps::STEER_MAX, BPF_F_NO_PREALLOC);

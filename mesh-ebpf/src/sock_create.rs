@@ -9,7 +9,7 @@ use mesh_abi::{Reason, capture};
 
 use crate::{
     context::{netns_cookie, word},
-    guard,
+    guard, hosted,
     maps::{PODS, count},
 };
 
@@ -25,7 +25,7 @@ pub fn check_protocol(ctx: SockContext) -> i32 {
     }
     let cookie = netns_cookie(ctx.sock);
     // SAFETY: the map entry is only tested for.
-    if unsafe { PODS.get(&cookie) }.is_none() && !guard::is_stranger(cookie) {
+    if unsafe { PODS.get(&cookie) }.is_none() && hosted::entry(cookie).is_none() && !guard::is_stranger(cookie) {
         return ALLOW;
     }
     // SAFETY: sets the running program's return value.

@@ -21,7 +21,7 @@ use mesh_abi::{
 
 use crate::{
     context::{address, either, keep_socket_view, netns_cookie, socket_view, word},
-    maps::{ANNOUNCED, ORIG_BY_FLOW, PEERS, count},
+    maps::{ANNOUNCED, ORIG_BY_FLOW, PEERS, config, count},
 };
 
 const TCP_CONNECT: u32 = 3;
@@ -80,8 +80,14 @@ unsafe fn local_end(ops: *mut bpf_sock_ops, view: &SocketView) -> Endpoint {
 /// As for `local_end`.
 #[inline(always)]
 unsafe fn flow_key(ops: *mut bpf_sock_ops, view: &SocketView) -> FlowKey {
+    let netns = netns_cookie(ops);
     // SAFETY: by the caller's promise.
-    FlowKey::new(netns_cookie(ops), unsafe { local_end(ops, view) })
+    let (source, agent_port) = unsafe { (local_end(ops, view), remote_port(ops)) };
+    if config().is_some_and(|config| config.home == netns) {
+        FlowKey::captured(netns, source, agent_port)
+    } else {
+        FlowKey::new(netns, source)
+    }
 }
 
 /// The key under which a flow is announced.

@@ -412,19 +412,81 @@ impl Drop for Killed {
 }
 
 #[test]
-fn a_pod_of_the_nodes_network_is_left_alone() -> Result<()> {
-    let scope = Scope::new(&Cluster::shared()?, "hosted", "nodemesh.io/mesh: enabled")?;
-    scope.apply(&pod("web", WEB, ""))?;
+fn pods_of_the_nodes_network_are_sources_with_identities_of_their_own() -> Result<()> {
+    let cluster = Cluster::shared()?;
+    let scope = Scope::new(&cluster, "hosted", "nodemesh.io/mesh: enabled")?;
+    let plain = Scope::new(&cluster, "hosted-plain", "")?;
+    strict(&scope)?;
+    scope.apply(&on_node(&pod("web", WEB, ""), "node1"))?;
+    scope.apply(
+        "{apiVersion: v1, kind: ServiceAccount, metadata: {name: reader}}
+---
+{apiVersion: v1, kind: ServiceAccount, metadata: {name: other}}
+---
+{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}}
+---
+{apiVersion: nodemesh.io/v1alpha1, kind: AccessPolicy, metadata: {name: readers}, spec: {targetRefs: [{kind: Service, \
+         name: web}], action: Allow, rules: [{from: [{identities: ['spiffe://cluster.local/ns/hosted/sa/reader']}]}]}}",
+    )?;
+    let hosted = |name: &str, account: &str, node: &str| {
+        let spec = format!("\nspec:\n  hostNetwork: true\n  serviceAccountName: {account}\n");
+        on_node(
+            &pod(name, "import time\ntime.sleep(3600)", "").replacen("\nspec:\n", &spec, 1),
+            node,
+        )
+    };
+    let nodes = cluster.nodes()?;
+    for node in (1..=nodes).map(|n| format!("node{n}")) {
+        for account in ["reader", "other"] {
+            scope.apply(&hosted(&format!("{account}-{node}"), account, &node))?;
+        }
+        plain.apply(&hosted(&format!("plain-{node}"), "default", &node))?;
+    }
     let web = address(&scope, "web")?;
-    let sleep = "import time\ntime.sleep(3600)";
-    let hosted = pod("hosted", sleep, "").replacen("\nspec:\n", "\nspec:\n  hostNetwork: true\n", 1);
-    scope.apply(&hosted)?;
-    address(&scope, "hosted")?;
-    assert!(!is_captured(&scope, "hosted")?);
-    let url = format!("http://{web}:8080/");
-    // Permissive: its connections are plaintext, and go on.
-    let answer = scope.exec("hosted", &["curl", "-sS", "--max-time", "5", &url])?.ok()?;
-    assert_eq!(answer, "ok\n");
+    let service = scope.get(scope.namespace(), "service", "web")?;
+    let service = service["spec"]["clusterIP"]
+        .as_str()
+        .context("a Service has an address")?;
+    let urls = [format!("http://{web}:8080/"), format!("http://{service}/")];
+    for node in (1..=nodes).map(|n| format!("node{n}")) {
+        for account in ["reader", "other"] {
+            let name = format!("{account}-{node}");
+            address(&scope, &name)?;
+            scope.until("the pod is captured", || Ok(is_captured(&scope, &name)?.then_some(())))?;
+        }
+        address(&plain, &format!("plain-{node}"))?;
+        for url in &urls {
+            let status = |scope: &Scope, pod: &str| -> Result<String> {
+                let curl = [
+                    "curl",
+                    "-s",
+                    "-o",
+                    "/dev/null",
+                    "-w",
+                    "%{http_code}",
+                    "--max-time",
+                    "5",
+                    url,
+                ];
+                Ok(scope.exec(pod, &curl)?.stdout)
+            };
+            cluster.until(&format!("{url} answers the reader on {node}"), || {
+                let said = status(&scope, &format!("reader-{node}"))?;
+                ensure!(said == "200", "{said}");
+                Ok(Some(()))
+            })?;
+            // From the same address: one with an identity that is not allowed, and one without any.
+            assert_eq!(status(&scope, &format!("other-{node}"))?, "403", "{url} from {node}");
+            let unenrolled = status(&plain, &format!("plain-{node}"))?;
+            assert_eq!(unenrolled, "000", "{url} from {node}, not enrolled");
+        }
+    }
+    // The node's own, and what is not a pod's: untouched.
+    let version = scope.exec(
+        "reader-node1",
+        &["curl", "-sk", "--max-time", "5", "https://172.30.0.11:10250/healthz"],
+    )?;
+    assert!(!version.stdout.is_empty(), "the kubelet says nothing: {version}");
     Ok(())
 }
 

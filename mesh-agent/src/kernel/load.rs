@@ -22,7 +22,7 @@ use mesh_abi::{ABI_SYMBOL, ABI_VERSION, Config, REASONS, maps as names, programs
 use parking_lot::Mutex;
 
 use super::{
-    KERNEL_MIN, Kernel, KernelConfig, KernelError, KernelLogger, Peers, cgroup, links,
+    KERNEL_MIN, Kernel, KernelConfig, KernelError, KernelLogger, Peers, cgroup, hosted, links,
     maps::{Listeners, Map, Maps},
     sys::{self, AttachType},
 };
@@ -75,6 +75,7 @@ pub fn attach(config: &KernelConfig, entry: &Config) -> Result<Kernel, KernelErr
             next_tag: Mutex::new(0),
         }),
         maps,
+        hosted: hosted::Listeners::new(config.home),
         steer_program,
         pin_dir: pin_dir.clone(),
         writer: Mutex::new(()),
@@ -184,6 +185,7 @@ fn open_maps(ebpf: &Ebpf) -> Result<Maps, KernelError> {
         known: Map::new(map_fd(ebpf, names::KNOWN)?, names::KNOWN, names::KNOWN_MAX),
         strangers: Map::new(map_fd(ebpf, names::STRANGERS)?, names::STRANGERS, names::STRANGERS_MAX),
         pods: Map::new(map_fd(ebpf, names::PODS)?, names::PODS, names::PODS_MAX),
+        hosted: Map::new(map_fd(ebpf, names::HOSTED)?, names::HOSTED, names::HOSTED_MAX),
         steer: Map::new(map_fd(ebpf, names::STEER)?, names::STEER, names::STEER_MAX),
         listeners: Listeners::new(map_fd(ebpf, names::LISTENERS)?),
         flows: Map::new(

@@ -8,6 +8,7 @@
 
 mod cgroup;
 mod guard;
+mod hosted;
 mod links;
 mod load;
 pub mod log;
@@ -31,15 +32,17 @@ use mesh_abi::{
 };
 use parking_lot::Mutex;
 
-pub use cgroup::{cgroup2_root, node_addresses};
+pub use cgroup::{cgroup_id, cgroup2_root, node_addresses, own_cgroup_id};
 pub use guard::Stranger;
+pub use hosted::HostedCapture;
 use links::steer_pin;
 use maps::Maps;
 
 /// The oldest kernel that the programs were tested on.
 pub const KERNEL_MIN: (u32, u32) = (6, 1);
 
-/// The cookie of a network namespace (`SO_NETNS_COOKIE`): never used again while the machine is up.
+/// The cookie of a network namespace (`SO_NETNS_COOKIE`): never used again while the machine is up. A pod that shares the
+/// node's namespace is known by a number of its own instead: see [`NetnsCookie::hosted`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetnsCookie(pub u64);
 
@@ -211,6 +214,8 @@ pub struct Kernel {
     writer: Mutex<()>,
     /// Presented peers: see [`Peers`].
     peers: Arc<Peers>,
+    /// The listeners of pods that share the node's namespace.
+    hosted: hosted::Listeners,
     logger: Mutex<Option<KernelLogger>>,
     /// Shared lock on the pin directory: tells the next agent that this one lives.
     _generation: fs::File,
@@ -349,19 +354,33 @@ impl Kernel {
     /// is no error.
     pub fn retire(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
         let _writer = self.writer.lock();
+        if let Some(cgroup_id) = cookie.cgroup_id() {
+            return self.maps.hosted.delete(&cgroup_id);
+        }
         links::unpin(&self.pin_dir.join(steer_pin(cookie)))?;
         self.forget_pod(cookie)
     }
 
     /// Every pod that is captured now, also those that an earlier agent enrolled.
     pub fn enrolled(&self) -> Result<BTreeSet<NetnsCookie>, KernelError> {
-        Ok(self.maps.pods.keys()?.into_iter().map(NetnsCookie).collect())
+        let hosted = self.maps.hosted.keys()?.into_iter().map(NetnsCookie::hosted);
+        Ok(self
+            .maps
+            .pods
+            .keys()?
+            .into_iter()
+            .map(NetnsCookie)
+            .chain(hosted)
+            .collect())
     }
 
     /// The destination that a captured connection asked for, by the namespace and the address of its source as
     /// `accept` gave it. Taken once; `None` means that the kernel holds none, and the connection must be refused.
     pub fn take_original_destination(&self, cookie: NetnsCookie, source: SocketAddr) -> Option<SocketAddr> {
-        let key = FlowKey::new(cookie.0, source.into());
+        let key = match cookie.cgroup_id() {
+            Some(cgroup_id) => self.hosted.flow_key(cgroup_id, source)?,
+            None => FlowKey::new(cookie.0, source.into()),
+        };
         match self.maps.flows.take(&key) {
             Ok(destination) => destination.map(SocketAddr::from),
             Err(error) => {
@@ -428,9 +447,11 @@ impl Kernel {
     /// this agent's program. `alone` says that no other agent lives, so that every presented peer is dead too.
     fn sweep(&self, alone: bool) -> Result<(), KernelError> {
         let alive = links::update_steering(&self.pin_dir, &self.steer_program)?;
-        for cookie in self.enrolled()?.difference(&alive) {
-            tracing::info!(%cookie, "sweeping a dead pod");
-            self.forget_pod(*cookie)?;
+        for cookie in self.maps.pods.keys()?.into_iter().map(NetnsCookie) {
+            if !alive.contains(&cookie) {
+                tracing::info!(%cookie, "sweeping a dead pod");
+                self.forget_pod(cookie)?;
+            }
         }
         for addr in self.maps.steer.keys()? {
             let entry = self.maps.steer.get(&addr)?;

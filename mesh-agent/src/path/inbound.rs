@@ -13,7 +13,7 @@ use mesh_api::{
     identity::SpiffeId,
     policy::MtlsMode,
     view::View,
-    workload::AppProtocol,
+    workload::{AppProtocol, Workload},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -111,9 +111,17 @@ impl Arrival {
         }
     }
 
+    /// The source, as far as the view knows it. From a node's address several may come: which one, its identity tells.
+    pub fn source_in<'v>(&self, view: &'v View) -> Option<&'v Arc<Workload>> {
+        match &self.identity {
+            Some(identity) => view.source(self.source.ip(), identity),
+            None => view.workload_by_address(self.source.ip()),
+        }
+    }
+
     /// A record of this connection, or of one flow of it.
     pub fn record(&self, view: &View, security: ConnectionSecurity) -> ConnRecord {
-        let source = view.workload_by_address(self.source.ip());
+        let source = self.source_in(view);
         let policy = view.inbound(self.pod.name(), self.local.port());
         let destination = self.pod.workload();
         let ends = names::Ends {
@@ -182,16 +190,13 @@ impl Arrival {
     async fn verify(&self, peer: &PeerIdentity) -> Result<(), Refusal> {
         let ip = self.source.ip();
         let shared = &self.worker.shared;
-        let known = |view: &View| {
-            view.workload_by_address(ip)
-                .is_some_and(|workload| workload.identity == peer.spiffe)
-        };
+        let known = |view: &View| view.source(ip, &peer.spiffe).is_some();
         if known(&shared.view.load()) {
             return Ok(());
         }
         match shared.view.wait_for(known, shared.config.view_patience).await {
             Ok(_) => Ok(()),
-            Err(_) if shared.view.load().workload_by_address(ip).is_none() => Err(Refusal::UnknownSource),
+            Err(_) if !shared.view.load().has_sources_at(ip) => Err(Refusal::UnknownSource),
             Err(_) => Err(Refusal::IdentityMismatch),
         }
     }

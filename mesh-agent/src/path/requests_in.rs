@@ -100,7 +100,7 @@ impl RequestsIn {
         let policy = view.inbound(self.arrival.pod.name(), self.arrival.local.port());
         let destination = self.arrival.pod.workload();
         let ends = names::Ends {
-            source: view.workload_by_address(self.arrival.source.ip()),
+            source: self.arrival.source_in(view),
             destination: Some(&destination),
             service: policy.services.first(),
             security: self.security,
@@ -120,7 +120,7 @@ impl RequestsIn {
         };
         let mut record = shared.events.request(self.parties(&view), protocol);
         names::fill(&mut record, &view, request, self.arrival.source, self.arrival.local);
-        let source = view.workload_by_address(self.arrival.source.ip());
+        let source = self.arrival.source_in(&view);
         record.set_workloads(source, Some(&self.arrival.pod.workload()));
         let standard = match self.security {
             // The source's agent has done its part.

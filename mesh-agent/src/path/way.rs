@@ -47,7 +47,7 @@ impl Way {
 pub fn find(worker: &Worker, view: &View, source: &Pod, endpoint: &Endpoint) -> Result<Way, Refusal> {
     let workload = &endpoint.workload;
     let port = endpoint.address.port();
-    if !workload.enrolled || workload.exclude_inbound_ports.contains(&port) {
+    if !workload.is_steered() || workload.exclude_inbound_ports.contains(&port) {
         return Ok(Way::Plain);
     }
     if workload.node == worker.shared.node {

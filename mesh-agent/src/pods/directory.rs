@@ -49,7 +49,8 @@ impl Directory {
         for pod in pods {
             table.by_name.insert(pod.name().clone(), pod.clone());
             table.by_cookie.insert(pod.cookie(), pod.clone());
-            for ip in &pod.workload().addresses {
+            // The node's addresses are nobody's own.
+            for ip in pod.workload().addresses.iter().filter(|_| !pod.is_hosted()) {
                 table.by_address.insert(*ip, pod.clone());
             }
         }

@@ -14,7 +14,7 @@ use std::{
 use mesh_api::workload::{ObjectName, Workload};
 
 use super::{Chain, Netns, NetnsCookie, PodError, PodUid, Sandbox, Sandboxes};
-use crate::kernel::{Kernel, KernelError, Stranger};
+use crate::kernel::{Kernel, KernelError, Stranger, cgroup_id, own_cgroup_id};
 
 /// How deep below a pod's cgroup the processes of a namespace of its own may be.
 const NESTED_DEPTH: usize = 6;
@@ -112,14 +112,36 @@ impl Gate {
 
     /// The sandbox of a pod that is to be captured, or why there is none.
     pub fn place(&self, workload: &Workload) -> Result<&Sandbox, PodError> {
-        if workload.host_network {
-            return Err(PodError::NodeNetwork);
-        }
         let sandbox = self.sandbox(workload).ok_or(PodError::NoSandbox)?;
         if sandbox.host_network {
             return Err(PodError::NodeNetwork);
         }
         Ok(sandbox)
+    }
+
+    /// The cgroup's id of a pod with the node's network that is to be captured as a source, or why it is not. Never of
+    /// what the node itself is made of, enrolled or not: static pods (an API server, for one), the namespaces that need
+    /// not wait for the API, and the agent.
+    pub fn place_hosted(&self, workload: &Workload) -> Result<u64, PodError> {
+        if self.config.trusted.contains(&*workload.name.namespace) {
+            return Err(PodError::NodeItself);
+        }
+        let uid = PodUid::new(&workload.uid).ok_or(PodError::NoSandbox)?;
+        let Some(sandbox) = self.sandboxes.get(&uid) else {
+            let is_static = self.sandbox(workload).is_some();
+            return Err(if is_static {
+                PodError::NodeItself
+            } else {
+                PodError::NoSandbox
+            });
+        };
+        if !self.config.roots.iter().any(|root| sandbox.cgroup.starts_with(root)) {
+            return Err(PodError::NoCgroup2);
+        }
+        if holds(&sandbox.cgroup, own_cgroup_id()?, NESTED_DEPTH) {
+            return Err(PodError::NodeItself);
+        }
+        Ok(cgroup_id(&sandbox.cgroup)?)
     }
 
     /// Says before a pod is let go that it may connect, if its sandbox lives on outside the mesh.

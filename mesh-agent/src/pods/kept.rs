@@ -207,7 +207,12 @@ impl fmt::Debug for Kept {
 /// The socket as a listener, if it is one of that slot.
 fn look(socket: OwnedFd, netns: NetnsCookie, slot: Slot) -> Option<TcpListener> {
     let listens = socket_acceptconn(&socket).unwrap_or(false);
-    let is_here = netns::cookie_of(&socket).is_ok_and(|cookie| cookie == netns);
+    // A pod that shares the node's namespace has its listeners here, where the agent is.
+    let expected = match netns.cgroup_id() {
+        Some(_) => netns::own_cookie(),
+        None => Ok(netns),
+    };
+    let is_here = netns::cookie_of(&socket).is_ok_and(|cookie| expected.is_ok_and(|expected| cookie == expected));
     let listener = TcpListener::from(socket);
     let address = listener.local_addr().ok()?;
     let fits = address.ip().is_loopback() && address.is_ipv6() == slot.ipv6;

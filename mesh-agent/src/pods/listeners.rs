@@ -13,7 +13,7 @@ use std::{
 use mesh_abi::{INBOUND_PORT, OUTBOUND_PORT};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Netns, kept::Kept};
+use super::{Netns, Pod, kept::Kept};
 use crate::keeper::{Direction, Slot};
 
 /// Connections that wait for one worker; the kernel lowers it to `net.core.somaxconn`.
@@ -30,11 +30,15 @@ pub struct Group {
     pub members: Vec<TcpListener>,
 }
 
-/// The groups for captured and those for steered connections: on 127.0.0.1, and on ::1 where the namespace has IPv6.
-pub fn obtain(netns: &Netns, workers: usize, mut kept: Option<&mut Kept>) -> io::Result<Vec<Group>> {
+/// The groups for captured and those for steered connections: on 127.0.0.1, and on ::1 where the namespace has IPv6. What
+/// arrives at a pod that shares the node's namespace is not steered.
+pub fn obtain(pod: &Pod, workers: usize, mut kept: Option<&mut Kept>) -> io::Result<Vec<Group>> {
     let mut groups = Vec::with_capacity(Slot::ALL.len());
     for slot in Slot::ALL {
-        match group(netns, slot, workers, kept.as_deref_mut()) {
+        if pod.is_hosted() && slot.direction == Direction::Inbound {
+            continue;
+        }
+        match group(pod, slot, workers, kept.as_deref_mut()) {
             Ok(group) => groups.push(group),
             // IPv6 is compiled out, or disabled in this namespace: there is nothing to capture.
             Err(error) if slot.ipv6 && is_absent(&error) => {}
@@ -53,18 +57,19 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
 
-fn group(netns: &Netns, slot: Slot, workers: usize, kept: Option<&mut Kept>) -> io::Result<Group> {
+fn group(pod: &Pod, slot: Slot, workers: usize, kept: Option<&mut Kept>) -> io::Result<Group> {
+    let (netns, cookie) = (pod.netns(), pod.cookie());
     let Some(kept) = kept else {
         let (address, members) = netns.run(|| make(usual(slot), workers))??;
         return Ok(Group { slot, address, members });
     };
-    let mut members = kept.take(netns.cookie(), slot);
+    let mut members = kept.take(cookie, slot);
     let mut held = members.len();
     if members.is_empty() {
         members = netns.run(|| make(usual(slot), workers))??.1;
-        if kept.put(netns.cookie(), slot, 0, &members).is_err() {
+        if kept.put(cookie, slot, 0, &members).is_err() {
             // Another generation was faster: its sockets count, and nobody knows of ours yet.
-            members = kept.take(netns.cookie(), slot);
+            members = kept.take(cookie, slot);
         }
         held = members.len();
     }
@@ -74,10 +79,10 @@ fn group(netns: &Netns, slot: Slot, workers: usize, kept: Option<&mut Kept>) -> 
         members.push(netns.run(|| member(address))??);
     }
     if let Some(more) = members.get(held..).filter(|more| !more.is_empty())
-        && kept.put(netns.cookie(), slot, held, more).is_err()
+        && kept.put(cookie, slot, held, more).is_err()
     {
         // Another generation has added its own in this moment. Ours are served as long as we live.
-        tracing::warn!(netns = %netns.cookie(), "listeners of this agent are not held");
+        tracing::warn!(netns = %cookie, "listeners of this agent are not held");
     }
     Ok(Group { slot, address, members })
 }

@@ -119,9 +119,15 @@ pub enum PodError {
     /// The pod has no sandbox on this node: the runtime has not made one, or it has ended.
     #[error("no sandbox yet")]
     NoSandbox,
-    /// The pod has no network namespace of its own (`hostNetwork`).
+    /// The pod has no network namespace of its own (`hostNetwork`), and nothing else tells it from the node.
     #[error("host network")]
     NodeNetwork,
+    /// The same, and its cgroup does not tell either: it is of version 1.
+    #[error("host network, and its cgroup is not in the cgroup2 hierarchy")]
+    NoCgroup2,
+    /// The pod has the node's network and is what the node or the mesh itself is made of.
+    #[error("host network, and a part of the node or of the mesh itself")]
+    NodeItself,
     /// No process is in the sandbox's network namespace.
     #[error("a sandbox without a process in a network namespace")]
     NoProcess,
@@ -154,7 +160,12 @@ impl PodError {
     fn is_absence(&self) -> bool {
         matches!(
             self,
-            PodError::NoSandbox | PodError::NoProcess | PodError::BareSandbox | PodError::NodeNetwork
+            PodError::NoSandbox
+                | PodError::NoProcess
+                | PodError::BareSandbox
+                | PodError::NodeNetwork
+                | PodError::NoCgroup2
+                | PodError::NodeItself
         )
     }
 }

@@ -120,7 +120,7 @@ fn run_in<T>(netns: &File, inside: impl FnOnce() -> T) -> io::Result<T> {
 }
 
 /// The cookie of the calling thread's namespace.
-fn own_cookie() -> io::Result<NetnsCookie> {
+pub(super) fn own_cookie() -> io::Result<NetnsCookie> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
     cookie_of(&socket)
 }

@@ -28,6 +28,7 @@ pub struct Pod {
     name: ObjectName,
     identity: SpiffeId,
     netns: Arc<Netns>,
+    cookie: NetnsCookie,
     workload: ArcSwap<Workload>,
 }
 
@@ -37,9 +38,23 @@ impl Pod {
         Pod {
             name: workload.name.clone(),
             identity: workload.identity.clone(),
+            cookie: netns.cookie(),
             netns,
             workload: ArcSwap::new(workload),
         }
+    }
+
+    /// A pod that shares the node's network namespace, with its cgroup's id.
+    pub fn hosted(workload: Arc<Workload>, home: Arc<Netns>, cgroup_id: u64) -> Pod {
+        Pod {
+            cookie: NetnsCookie::hosted(cgroup_id),
+            ..Pod::new(workload, home)
+        }
+    }
+
+    /// Whether it shares the node's network namespace.
+    pub fn is_hosted(&self) -> bool {
+        self.cookie.cgroup_id().is_some()
     }
 
     /// Its name; never changes.
@@ -57,9 +72,9 @@ impl Pod {
         self.workload.load_full()
     }
 
-    /// Its network namespace's cookie.
+    /// Its network namespace's cookie, or what stands for it: no other pod has the same.
     pub fn cookie(&self) -> NetnsCookie {
-        self.netns.cookie()
+        self.cookie
     }
 
     /// Its network namespace.

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     keeper::Direction,
-    kernel::{Kernel, KernelError, NetnsCookie, PodCapture},
+    kernel::{HostedCapture, Kernel, KernelError, NetnsCookie, PodCapture},
 };
 
 /// How long workers may take to serve new listeners before their pods are called not captured.
@@ -42,7 +42,7 @@ const KEEPER_PAUSE: Duration = Duration::from_millis(20);
 pub struct Pods {
     kernel: Arc<Kernel>,
     workers: Vec<mpsc::Sender<WorkerCommand>>,
-    home: NetnsCookie,
+    home: Arc<Netns>,
     held: BTreeMap<ObjectName, Held>,
     statuses: BTreeMap<ObjectName, PodStatus>,
     directory: Directory,
@@ -101,7 +101,7 @@ impl Pods {
         Ok(Pods {
             kernel,
             workers,
-            home: Netns::current()?.cookie(),
+            home: Arc::new(Netns::current()?),
             held: BTreeMap::new(),
             statuses: BTreeMap::new(),
             directory: Directory::default(),
@@ -115,7 +115,7 @@ impl Pods {
 
     /// Finds pods by their UIDs among the sandboxes, and classifies every sandbox.
     pub fn with_gate(mut self, config: GateConfig) -> Result<Pods, KernelError> {
-        self.gate = Some(Gate::new(config, self.kernel.clone(), self.home)?);
+        self.gate = Some(Gate::new(config, self.kernel.clone(), self.home.cookie())?);
         Ok(self)
     }
 
@@ -366,6 +366,9 @@ impl Pods {
 
     /// Opens a pod's network namespace and makes its listeners, unless that is done.
     fn hold(&mut self, workload: &Arc<Workload>) -> Result<(), PodError> {
+        if workload.host_network {
+            return self.hold_hosted(workload);
+        }
         let sandbox = match &self.gate {
             Some(gate) if workload.netns.is_none() => Some(gate.place(workload)?),
             _ => None,
@@ -374,11 +377,7 @@ impl Pods {
             Some(sandbox) => sandbox.complete(workload),
             None => workload.clone(),
         };
-        if let Some(held) = self.held.get_mut(&workload.name) {
-            if *held.pod.workload() != **workload {
-                held.pod.update((*workload).clone());
-                held.is_enrolled = false;
-            }
+        if is_held(&mut self.held, workload) {
             return Ok(());
         }
         let netns = match sandbox {
@@ -391,7 +390,7 @@ impl Pods {
                 None => PodError::NoAddress,
             });
         }
-        if netns.cookie() == self.home {
+        if netns.cookie() == self.home.cookie() {
             return Err(PodError::HostNetwork);
         }
         if let Some((name, _)) = self.held.iter().find(|(_, held)| held.pod.cookie() == netns.cookie()) {
@@ -403,6 +402,22 @@ impl Pods {
             self.kept.as_mut(),
         )
         .map_err(PodError::Listen)?;
+        self.held.insert(workload.name.clone(), held);
+        Ok(())
+    }
+
+    /// Makes the listeners of a pod that shares the node's namespace, unless that is done.
+    fn hold_hosted(&mut self, workload: &Arc<Workload>) -> Result<(), PodError> {
+        let gate = self.gate.as_ref().ok_or(PodError::NodeNetwork)?;
+        let cgroup_id = gate.place_hosted(workload)?;
+        if workload.addresses.is_empty() {
+            return Err(PodError::BareSandbox);
+        }
+        if is_held(&mut self.held, workload) {
+            return Ok(());
+        }
+        let pod = Pod::hosted(workload.clone(), self.home.clone(), cgroup_id);
+        let held = Held::new(pod, self.workers.len(), self.kept.as_mut()).map_err(PodError::Listen)?;
         self.held.insert(workload.name.clone(), held);
         Ok(())
     }
@@ -430,7 +445,7 @@ impl Pods {
             return Ok(());
         };
         if !held.is_enrolled {
-            if self.gate.is_some() {
+            if self.gate.is_some() && !held.pod.is_hosted() {
                 learn_callers(&self.kernel, &held.pod.workload().addresses);
             }
             held.enrol(&self.kernel)?;
@@ -537,6 +552,18 @@ impl Pods {
     }
 }
 
+/// Whether the pod is held; what is newly known of it is taken in.
+fn is_held(held: &mut BTreeMap<ObjectName, Held>, workload: &Arc<Workload>) -> bool {
+    let Some(held) = held.get_mut(&workload.name) else {
+        return false;
+    };
+    if *held.pod.workload() != **workload {
+        held.pod.update(workload.clone());
+        held.is_enrolled = false;
+    }
+    true
+}
+
 /// The network namespace that a workload names.
 fn open(workload: &Workload) -> Result<Netns, PodError> {
     let path = Path::new(workload.netns.as_deref().ok_or(PodError::NoNetns)?);
@@ -578,7 +605,7 @@ fn copies(groups: &[Group], direction: Direction, worker: usize, workers: usize)
 impl Held {
     fn new(pod: Pod, workers: usize, kept: Option<&mut Kept>) -> io::Result<Held> {
         let is_kept = kept.is_some();
-        let groups = listeners::obtain(pod.netns(), workers, kept)?;
+        let groups = listeners::obtain(&pod, workers, kept)?;
         let addresses = |direction| {
             let of = groups.iter().filter(|group| group.slot.direction == direction);
             of.map(|group| group.address).collect()
@@ -613,6 +640,11 @@ impl Held {
     /// Whether the workload of the same name is another pod: another identity or network namespace. A namespace's
     /// file that is merely gone says nothing yet.
     fn is_replaced_by(&self, workload: &Workload, gate: Option<&Gate>) -> bool {
+        if workload.host_network || self.pod.is_hosted() {
+            let place = gate.and_then(|gate| gate.place_hosted(workload).ok());
+            let is_same = workload.host_network && place.map(NetnsCookie::hosted) == Some(self.pod.cookie());
+            return !is_same || *self.pod.identity() != workload.identity;
+        }
         if let Some(gate) = gate
             && workload.netns.is_none()
             && gate.sandbox(workload).and_then(|sandbox| sandbox.cookie()) != Some(self.pod.cookie())
@@ -641,6 +673,18 @@ impl Held {
                 PortSet::new(ports.get(..PORTS_MAX).unwrap_or_default()).unwrap_or_default()
             })
         };
+        if let Some(cgroup_id) = self.pod.cookie().cgroup_id() {
+            let capture = HostedCapture {
+                cgroup_id,
+                addresses: &workload.addresses,
+                outbound_v4: captured(false),
+                outbound_v6: captured(true),
+                exclude_outbound: ports("excluded outbound ports", &workload.exclude_outbound_ports),
+            };
+            kernel.enrol_hosted(&capture)?;
+            reservations.push("host network: captured as a source only".to_owned());
+            return self.captured(&reservations);
+        }
         let capture = PodCapture {
             cookie: self.pod.cookie(),
             netns: self.pod.netns().as_fd(),
@@ -654,6 +698,10 @@ impl Held {
             probes: ports("probe ports", &workload.probe_ports),
         };
         kernel.enrol(&capture)?;
+        self.captured(&reservations)
+    }
+
+    fn captured(&mut self, reservations: &[String]) -> Result<(), PodError> {
         self.reservation = (!reservations.is_empty()).then(|| reservations.join("; "));
         self.is_enrolled = true;
         if self.is_timed {

@@ -5,15 +5,15 @@ use std::{
     fs,
     io::{Read, Write},
     net::{IpAddr, TcpListener, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use mesh_agent::{
-    kernel::{Kernel, NetnsCookie},
+    kernel::{Kernel, KernelConfig, NetnsCookie},
     pods::{Discovery, GateConfig, Netns, Pods, Sandboxes, sever},
 };
-use mesh_api::workload::Workload;
+use mesh_api::workload::{ObjectName, Workload};
 use tokio::{sync::watch, time::timeout};
 
 use crate::{
@@ -54,7 +54,11 @@ impl Node {
     }
 
     fn with_uid(uid: &'static str) -> Node {
-        let mut world = World::new();
+        Node::with(uid, |_| {})
+    }
+
+    fn with(uid: &'static str, change: impl FnOnce(&mut KernelConfig)) -> Node {
+        let mut world = World::with(change);
         let tree = Cgroup::new(&world, "node");
         let kubepods = tree.child("kubepods");
         let logs = tempfile::tempdir().unwrap();
@@ -234,18 +238,84 @@ async fn a_captured_pod_is_let_go_with_its_sandbox_and_another_of_its_name_is_no
     drop(listeners);
 }
 
+/// The network namespace of this process, which plays the agent.
+const HOME: &str = "/proc/self/ns/net";
+
+impl Node {
+    /// A node whose own namespace is this process's, with a pod that shares it.
+    async fn hosting(uid: &'static str) -> (Node, Program) {
+        let mut node = Node::with(uid, |config| config.home = Netns::current().unwrap().cookie());
+        let pod = node._kubepods.child(&format!("pod{uid}"));
+        let container = pod.child("main");
+        let pause = container.run(Path::new(HOME), "import signal\nsignal.pause()");
+        (node.pod, node.container) = (Some(pod), Some(container));
+        node.until(|found| !found.is_empty()).await;
+        (node, pause)
+    }
+
+    fn hosted(&self, enrolled: bool) -> Workload {
+        Workload {
+            host_network: true,
+            // As the API tells: nothing else does.
+            addresses: vec!["192.0.2.9".parse().unwrap()],
+            ..(*self.workload(enrolled)).clone()
+        }
+    }
+}
+
 #[tokio::test]
-async fn a_pod_of_the_nodes_network_is_never_half_captured() {
-    let mut node = Node::new();
-    let wanted = Arc::new(Workload {
-        host_network: true,
-        ..(*node.workload(true)).clone()
-    });
-    node.pods.reconcile(&[wanted]).await;
+async fn a_pod_of_the_nodes_network_is_captured_as_a_source_by_its_cgroup() {
+    let (mut node, pause) = Node::hosting(UID).await;
+    let wanted = Arc::new(node.hosted(true));
+    let enrolled = [wanted.clone()];
+    let (outbound, inbound) = reconcile_and_serve(&mut node.pods, &mut node.workers, &enrolled).await;
     let found = status(&node.pods);
-    assert_eq!((found.captured, found.reason.as_deref()), (false, Some("host network")));
-    assert!(found.is_absent && node.pods.is_settled());
+    let why = "host network: captured as a source only";
+    assert_eq!((found.captured, found.reason.as_deref()), (true, Some(why)));
+    assert!(inbound.is_empty(), "what arrives at it is nobody's to steer");
+    let pod = node.pods.directory().by_name(&wanted.name).unwrap();
+    assert!(pod.is_hosted());
+    assert!(
+        node.pods.directory().by_address(wanted.addresses[0]).is_none(),
+        "the node's addresses are nobody's own"
+    );
+    let container = node.container.as_ref().unwrap();
+    let connect = "import socket\nsocket.create_connection(('203.0.113.7', 80))";
+    container.run(Path::new(HOME), connect).finish();
+    let (_, source) = accept(&outbound);
+    let original = node.kernel.take_original_destination(pod.cookie(), source);
+    assert_eq!(original, Some("203.0.113.7:80".parse().unwrap()));
+
+    // Its end is its cgroup's.
+    node.end(pause).await;
+    node.pods.reconcile(&enrolled).await;
     assert_eq!(node.kernel.enrolled().unwrap(), BTreeSet::new());
+    assert!(node.pods.directory().all().is_empty());
+}
+
+#[tokio::test]
+async fn what_the_node_and_the_mesh_are_made_of_is_never_captured() {
+    let (mut node, pause) = Node::hosting(UID).await;
+    let hosted = node.hosted(true);
+    let trusted = Workload {
+        name: ObjectName::new("nodemesh-system", "agent"),
+        ..hosted.clone()
+    };
+    let ended = Workload {
+        uid: "00000000-9d1e-4b6a-8f00-1234567890ab".into(),
+        ..hosted
+    };
+    for (workload, why) in [
+        (trusted, "host network, and a part of the node or of the mesh itself"),
+        (ended, "no sandbox yet"),
+    ] {
+        node.pods.reconcile(&[Arc::new(workload)]).await;
+        let found = status(&node.pods);
+        assert_eq!((found.captured, found.reason.as_deref()), (false, Some(why)));
+        assert!(found.is_absent && node.pods.is_settled());
+        assert_eq!(node.kernel.enrolled().unwrap(), BTreeSet::new());
+    }
+    node.end(pause).await;
 }
 
 #[tokio::test]

@@ -78,7 +78,7 @@ fn first_label(meta: &Meta, keys: [&str; 2]) -> Option<Arc<str>> {
 }
 
 /// The pod's own label, else its namespace's, else no; a label that says neither `enabled` nor `disabled` counts as
-/// absent. A pod with the node's network cannot be told from the node.
+/// absent. A pod with the node's network is enrolled as a source only.
 pub(super) fn is_enrolled(set: &DocumentSet, pod: &Object<PodSpec>) -> bool {
     let namespace = set.get(&DocumentKey::new(Kind::Namespace, "", &pod.meta.namespace));
     let said = |meta: &Meta| match meta.labels.get(ENROL_LABEL).map(String::as_str) {
@@ -87,7 +87,7 @@ pub(super) fn is_enrolled(set: &DocumentSet, pod: &Object<PodSpec>) -> bool {
         _ => None,
     };
     let wanted = said(&pod.meta).or_else(|| said(namespace?.meta()));
-    !pod.spec.host_network && wanted.unwrap_or(false)
+    wanted.unwrap_or(false)
 }
 
 /// As the `Ready` condition says; without one, a pod that nobody probes is ready. A pod that terminates is not.

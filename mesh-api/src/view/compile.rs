@@ -97,6 +97,7 @@ pub(super) fn compile(
         revision,
         workloads: HashMap::with_capacity(workloads.len()),
         workloads_by_address: by_address.by_address(),
+        workloads_by_host: HashMap::new(),
         node_addresses: HashSet::new(),
         workloads_by_node: HashMap::new(),
         services: HashMap::with_capacity(services.len()),
@@ -273,6 +274,13 @@ fn add_served<'a>(served: &mut HashMap<&'a ObjectName, Vec<Served<'a>>>, workloa
 fn index_workload(view: &mut View, workload: Arc<Workload>) {
     for address in &workload.node_addresses {
         view.node_addresses.insert(address.to_canonical());
+    }
+    if workload.enrolled && workload.host_network {
+        // What the pod's status calls its addresses are the node's: only if both agree, somebody comes from there.
+        for address in &workload.node_addresses {
+            let at = view.workloads_by_host.entry(address.to_canonical()).or_default();
+            at.push(workload.clone());
+        }
     }
     view.workloads_by_node
         .entry(workload.node.clone())

@@ -29,7 +29,7 @@ use self::inbound::InboundSet;
 use crate::{
     authz::AccessRules,
     document::Resource,
-    identity::TrustDomain,
+    identity::{SpiffeId, TrustDomain},
     policy::MtlsMode,
     route::{FlowTable, RouteTable, RuleId},
     workload::{AppProtocol, Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
@@ -46,6 +46,8 @@ pub struct View {
     revision: Revision,
     workloads: HashMap<ObjectName, Arc<Workload>>,
     workloads_by_address: HashMap<IpAddr, Arc<Workload>>,
+    /// Enrolled workloads with their node's network, by the node's addresses.
+    workloads_by_host: HashMap<IpAddr, Vec<Arc<Workload>>>,
     workloads_by_node: HashMap<Arc<str>, Vec<Arc<Workload>>>,
     services: HashMap<ObjectName, Arc<ServiceView>>,
     ports_by_address: HashMap<SocketAddr, Arc<ServicePortView>>,
@@ -126,9 +128,26 @@ impl View {
     }
 
     /// The workload that has this address as its own. A node's address is nobody's: pods with their node's network share
-    /// it, so that no identity follows from it.
+    /// it, so that no identity follows from it alone; see [`View::source`].
     pub fn workload_by_address(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.workloads_by_address.get(&ip.to_canonical())
+    }
+
+    /// Who comes from this address and has proven that identity: the workload whose own address it is, or an enrolled one
+    /// with the network of the node whose address it is.
+    pub fn source(&self, ip: IpAddr, identity: &SpiffeId) -> Option<&Arc<Workload>> {
+        let ip = ip.to_canonical();
+        let hosted = self.workloads_by_host.get(&ip);
+        let own = self.workloads_by_address.get(&ip);
+        own.into_iter()
+            .chain(hosted.into_iter().flatten())
+            .find(|workload| workload.identity == *identity)
+    }
+
+    /// Whether anybody who is known comes from this address.
+    pub fn has_sources_at(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        self.workloads_by_address.contains_key(&ip) || self.workloads_by_host.contains_key(&ip)
     }
 
     /// The workload of that name.

@@ -111,7 +111,8 @@ impl From<&Workload> for pb::Workload {
             node_addresses: workload.node_addresses.iter().map(address_to_bytes).collect(),
             addresses: workload.addresses.iter().map(address_to_bytes).collect(),
             labels: labels_to_text(&workload.labels),
-            enrolled: workload.enrolled,
+            enrolled: workload.is_steered(),
+            enrolled_as_source: workload.enrolled && workload.host_network,
             ready: workload.ready,
             netns: workload.netns.as_deref().unwrap_or_default().to_owned(),
             ports: workload
@@ -158,7 +159,7 @@ impl TryFrom<pb::Workload> for Workload {
             node_addresses: addresses_from_bytes(workload.node_addresses)?,
             addresses: addresses_from_bytes(workload.addresses)?,
             labels: labels_from_text(workload.labels),
-            enrolled: workload.enrolled,
+            enrolled: workload.enrolled || (workload.enrolled_as_source && workload.host_network),
             ready: workload.ready,
             netns: (!workload.netns.is_empty()).then(|| workload.netns.into()),
             ports: named_ports.collect::<Result<_, _>>()?,

@@ -473,3 +473,48 @@ fn policies_hold_before_a_slice_names_the_pod() {
         );
     }
 }
+
+#[test]
+fn a_nodes_address_is_that_of_each_enrolled_pod_of_its_network_who_proves_it() {
+    let pod = |name: &str, mesh: &str, host_network: bool, node: &str| {
+        format!(
+            "---\n{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: shop, uid: u{name}, labels: \
+             {{nodemesh.io/mesh: {mesh}}}}}, spec: {{nodeName: {node}, hostNetwork: {host_network}, serviceAccountName: \
+             {name}, containers: [{{name: app}}]}}, status: {{podIPs: [{{ip: 172.30.0.11}}], conditions: [{{type: Ready, \
+             status: \"True\"}}]}}}}\n"
+        )
+    };
+    let node = "---\n{apiVersion: v1, kind: Node, metadata: {name: node-1}, status: {addresses: [{type: InternalIP, address: \
+                172.30.0.11}]}}\n";
+    let text = [
+        node.to_owned(),
+        pod("one", "enabled", true, "node-1"),
+        pod("two", "enabled", true, "node-1"),
+        pod("outside", "disabled", true, "node-1"),
+        // Its status claims an address that its node does not have.
+        pod("liar", "enabled", true, "node-2"),
+    ];
+    let view = view_on("node-1", &set(&text.concat()));
+    let node: std::net::IpAddr = "172.30.0.11".parse().unwrap();
+    let proven = |ip: std::net::IpAddr, account: &str| {
+        let identity = format!("spiffe://cluster.local/ns/shop/sa/{account}").parse().unwrap();
+        view.source(ip, &identity)
+            .map(|workload| workload.name.name.to_string())
+    };
+    for (account, expected) in [
+        ("one", Some("one")),
+        ("two", Some("two")),
+        ("outside", None),
+        ("liar", None),
+        ("nobody", None),
+    ] {
+        assert_eq!(proven(node, account).as_deref(), expected, "{account}");
+    }
+    assert_eq!(
+        proven("172.30.0.12".parse().unwrap(), "one"),
+        None,
+        "another node's address"
+    );
+    assert!(view.has_sources_at(node) && view.workload_by_address(node).is_none());
+    assert!(view.workloads().all(|workload| !workload.is_steered()));
+}

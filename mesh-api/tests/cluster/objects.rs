@@ -352,9 +352,9 @@ fn a_pod_is_a_workload_while_it_runs() {
             expected: Some((2, false, true)),
         },
         Case {
-            name: "the node's network: never enrolled, though its label says so",
+            name: "the node's network: enrolled as its label says, as a source",
             change: |pod| pod["spec"]["hostNetwork"] = json!(true),
-            expected: Some((2, true, false)),
+            expected: Some((2, true, true)),
         },
         Case {
             name: "its own label wins over the namespace's",

@@ -299,7 +299,10 @@ pub(super) async fn host_network(cluster: &Cluster) -> Finding {
         true => Finding::ok(check, "no enrolled pod has its node's network"),
         false => Finding::warn(
             check,
-            format!("outside of the mesh with their nodes' network: {}", some(&outside)),
+            format!(
+                "in the mesh as sources only, with their nodes' network: {}",
+                some(&outside)
+            ),
             "pods with a network of their own, or the label nodemesh.io/mesh: disabled",
         ),
     }

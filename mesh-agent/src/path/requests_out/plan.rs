@@ -242,7 +242,7 @@ impl RequestsOut {
             .unwrap_or_default();
         let here = |endpoint: &&Endpoint| {
             endpoint.address != first.address
-                && endpoint.workload.enrolled
+                && endpoint.workload.is_steered()
                 && endpoint.workload.node == self.worker.shared.node
         };
         let source = attributes(&self.pod, self.source);
