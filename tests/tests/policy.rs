@@ -69,6 +69,13 @@ fn access_both(name: &str, action: &str, rules: &str) -> String {
     access(name, target, action, rules)
 }
 
+/// A service of both destinations.
+fn both() -> String {
+    "---\napiVersion: v1\nkind: Service\nmetadata: {name: both, namespace: guard}\n\
+     spec: {selector: {role: both}, ports: [{name: http, port: 80, targetPort: 8080}]}\n"
+        .to_owned()
+}
+
 /// What a pod gets from a port of a destination's own address.
 fn status(lab: &Lab, from: &str, destination: &str, port: u16) -> Result<u16> {
     let host = lab.pod_ip(&format!("guard/{destination}"))?.to_string();
@@ -726,5 +733,52 @@ fn forged_expired_and_stolen_certificates_are_refused() -> Result<()> {
         },
     );
     checks.finish("certificates");
+    lab.down()
+}
+
+#[test]
+fn a_denial_is_told_though_another_endpoint_could_not_be_reached() -> Result<()> {
+    let labels = [("role", "both")];
+    let documents = [
+        actors::namespace("guard", true),
+        actors::source(FOE, "node-1"),
+        actors::destination("guard/near", "node-1", &labels),
+        actors::destination("guard/far", "node-2", &labels),
+        both(),
+    ];
+    let lab = Lab::up(LabConfig::test("denied").manifest(documents.concat()))?;
+    let answers = get("/").times(8).ask(&lab, FOE, "both", 80)?;
+    ensure!(statuses(&answers) == [(200, 8)].into(), "{answers:?}");
+    apply(
+        &lab,
+        &access(
+            "nobody",
+            "{kind: Service, name: both}",
+            "Deny",
+            "[{to: [{ports: [8080]}]}]",
+        ),
+    )?;
+    // What is denied by an endpoint that lives is not told otherwise by one whose agent is gone.
+    lab.kill_agent("node-2")?;
+    for plan in [get("/").times(12), get("/").times(12).fresh()] {
+        let answers = plan.ask(&lab, FOE, "both", 80)?;
+        ensure!(statuses(&answers) == [(403, 12)].into(), "{answers:?}");
+        ensure!(
+            answers.iter().all(|answer| answer.refusal() == "access-denied-request"),
+            "{answers:?}"
+        );
+    }
+    for reporter in ["source", "destination"] {
+        let fields = [
+            ("event.name", json!("request")),
+            ("nodemesh.reporter", json!(reporter)),
+            ("nodemesh.destination.pod", json!("near")),
+            ("http.response.status_code", json!(403)),
+            ("nodemesh.response_flags", json!("UAEX")),
+        ];
+        let record = expect_record(&lab, "node-1", &fields)?;
+        let rule = record["nodemesh.rule"].as_str().unwrap_or_default();
+        ensure!(rule.starts_with("accesspolicy/guard/nobody"), "{record}");
+    }
     lab.down()
 }

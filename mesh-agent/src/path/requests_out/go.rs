@@ -1,6 +1,7 @@
 //! The connection for a planned request: to the endpoint that was picked, or to another one if it cannot be reached.
 //!
 //! What was not sent says nothing of the endpoint that did not get it. A retry waits as policy says, then picks anew.
+//! The source is told the truest answer: an endpoint that denies says more than those that could not be reached before.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -21,6 +22,18 @@ use crate::{
     },
     traffic::Report,
 };
+
+/// Whether an endpoint's own policy refuses so, rather than that there is no way to it.
+fn is_judgement(refusal: Refusal) -> bool {
+    matches!(
+        refusal,
+        Refusal::AccessDeniedRequest
+            | Refusal::PlaintextRefused
+            | Refusal::UnknownDestination
+            | Refusal::InvalidPolicy
+            | Refusal::RateLimited
+    )
+}
 
 /// Waits before another try: at least what the policy asks for, and up to half as long again, so that the retries of
 /// many sources do not come all at once. The request's time goes on meanwhile.
@@ -57,6 +70,7 @@ impl RequestsOut {
         if let Attempt::Retry(_) = attempt {
             pause(plan.retry.as_ref()).await;
             if let Err(denial) = self.next_endpoint(plan, true) {
+                self.name_judge(record, twin, plan, &denial);
                 return give_up(denial, plan);
             }
             self.name_endpoint(record, plan);
@@ -95,10 +109,18 @@ impl RequestsOut {
                         picked.report(Report::Failure, self.worker.now());
                     }
                     let spent = plan.tried.len() + 1 >= ENDPOINTS_TRIED_MAX;
-                    if last || spent || self.next_endpoint(plan, false).is_err() {
+                    if last || spent {
                         return give_up(Denial::of(failed), plan);
                     }
-                    self.name_endpoint(record, plan);
+                    match self.next_endpoint(plan, false) {
+                        Ok(()) => self.name_endpoint(record, plan),
+                        Err(denial) if is_judgement(denial.refusal) => {
+                            self.name_judge(record, twin, plan, &denial);
+                            return give_up(denial, plan);
+                        }
+                        // That no other endpoint is left says less than why the last one failed.
+                        Err(_) => return give_up(Denial::of(failed), plan),
+                    }
                 }
             }
         }
@@ -110,6 +132,19 @@ impl RequestsOut {
         record.set_parties(self.parties(Some(&plan.endpoint), security, false));
         record.set_workloads(Some(&self.pod.workload()), Some(&plan.endpoint.workload));
         record.set_endpoint(plan.endpoint.address);
+    }
+
+    /// Has both records tell that the planned endpoint's own policy refused the request, if that is what happened.
+    fn name_judge(&self, record: &mut RequestRecord, twin: &mut Option<RequestRecord>, plan: &Plan, denial: &Denial) {
+        if !is_judgement(denial.refusal) {
+            return;
+        }
+        self.name_endpoint(record, plan);
+        record.set_rule(denial.rule.clone(), plan.view.revision());
+        let parties = self.parties(Some(&plan.endpoint), ConnectionSecurity::SameNode, true);
+        let mut beside = record.beside(parties);
+        beside.set_rule(denial.rule.clone(), plan.view.revision());
+        *twin = Some(beside);
     }
 
     /// Whether a peer's word that it delivered nothing leaves another endpoint to try, without any policy.
@@ -143,15 +178,16 @@ impl RequestsOut {
         plan.picked = Some(picked);
         plan.way = way::find(&self.worker, &plan.view, &self.pod, &plan.endpoint).map_err(Denial::of)?;
         if let Way::Local(..) = plan.way {
-            let permit = plan
-                .permits
+            let judged = plan
+                .judged
                 .iter()
                 .find(|(address, _)| *address == plan.endpoint.address);
-            // Without one the endpoint's own policy refused the request; the first one keeps the permit it has.
-            if let Some((_, permit)) = permit {
-                plan.permit = Some(permit.clone());
-            } else if plan.tried.first() != Some(&plan.endpoint.address) {
-                return Err(Denial::of(Refusal::AccessDeniedRequest));
+            match judged {
+                Some((_, Ok(permit))) => plan.permit = Some(permit.clone()),
+                Some((_, Err(denial))) => return Err(denial.clone()),
+                // The first one keeps the permit that it has.
+                None if plan.tried.first() == Some(&plan.endpoint.address) => {}
+                None => return Err(Denial::of(Refusal::AccessDeniedRequest)),
             }
         }
         Ok(())

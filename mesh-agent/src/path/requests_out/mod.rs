@@ -29,6 +29,7 @@ use mesh_api::{
 use tokio::net::TcpStream;
 
 use super::{
+    judge::Denial,
     names,
     outbound::{Wanted, attributes},
     replies::{self, fault_refusal},
@@ -103,8 +104,8 @@ struct Plan {
     way: Way,
     permit: Option<Permit>,
     tried: Vec<SocketAddr>,
-    /// The permits of the backend's other endpoints on this node, judged with the head at hand.
-    permits: Vec<(SocketAddr, Permit)>,
+    /// What the backend's other endpoints on this node say to the request, asked with the head at hand.
+    judged: Vec<(SocketAddr, Result<Permit, Denial>)>,
 }
 
 /// Serves the requests of a captured connection.

@@ -101,7 +101,7 @@ impl RequestsOut {
             (_, None) => None,
         };
         let plan = Plan {
-            permits: self.other_permits(&view, routed.backend, &endpoint, request),
+            judged: self.others_judged(&view, routed.backend, &endpoint, request),
             backend: routed.backend.cloned(),
             retry,
             admission,
@@ -228,15 +228,15 @@ impl RequestsOut {
         judge::request(policy, &source, request, &self.worker.shared.traffic, self.worker.now())
     }
 
-    /// The endpoints of this node that would also let the request in. A second endpoint is chosen when the head is
+    /// What the backend's other endpoints of this node say to the request. A second endpoint is chosen when the head is
     /// gone, so all are asked now; tokens are taken once, by the first.
-    fn other_permits(
+    fn others_judged(
         &self,
         view: &View,
         backend: Option<&Arc<Backend>>,
         first: &Endpoint,
         request: &dyn Request,
-    ) -> Vec<(std::net::SocketAddr, Permit)> {
+    ) -> Vec<(std::net::SocketAddr, Result<Permit, Denial>)> {
         let endpoints = backend
             .map(|backend| backend.endpoints(self.original_destination.is_ipv6()))
             .unwrap_or_default();
@@ -249,9 +249,9 @@ impl RequestsOut {
         endpoints
             .iter()
             .filter(here)
-            .filter_map(|endpoint| {
+            .map(|endpoint| {
                 let policy = view.inbound(&endpoint.workload.name, endpoint.address.port());
-                Some((endpoint.address, judge::access(&policy, &source, request).ok()?))
+                (endpoint.address, judge::access(&policy, &source, request))
             })
             .collect()
     }
