@@ -249,7 +249,7 @@ impl Story<'_> {
         let name = &port.service.name;
         let namespace = &*source.name.namespace;
         let protocol = port.protocol_for(namespace);
-        let words = format!("service {name} port {} ({})", port.port.port, protocol_words(protocol));
+        let words = format!("service {name} port {} ({})", port.port.port, protocol.words());
         self.step("destination", None, words);
         let opaque = matches!(protocol, AppProtocol::Tcp | AppProtocol::Tls);
         let (Some(request), false) = (request, opaque) else {
@@ -539,15 +539,4 @@ fn traffic_words(traffic: &TrafficSettings) -> String {
         words.push_str(", with a circuit breaker");
     }
     words
-}
-
-const fn protocol_words(protocol: AppProtocol) -> &'static str {
-    match protocol {
-        AppProtocol::Detect => "protocol detected",
-        AppProtocol::Http1 => "HTTP/1.1",
-        AppProtocol::Http2 => "HTTP/2",
-        AppProtocol::Grpc => "gRPC",
-        AppProtocol::Tls => "TLS of its own",
-        AppProtocol::Tcp => "opaque TCP",
-    }
 }

@@ -6,14 +6,15 @@
 //! does, which the tests compare.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
 use crate::{
     document::{Document, DocumentKey, DocumentSet, Kind, ServiceSpec, Unreadable},
-    policy::{BackendKind, BackendTarget, ParentRef, TargetRef},
-    view::grants::Grants,
+    policy::{BackendKind, BackendTarget, HostMatch, ParentRef, TargetRef, http_route_reader::INCOMPATIBLE_FILTERS},
+    view::{grants::Grants, routes::can_send_to},
+    workload::AppProtocol,
 };
 
 /// One condition of a status.
@@ -115,11 +116,29 @@ pub fn statuses(set: &DocumentSet) -> Vec<DocumentStatus> {
 /// A namespace and a name.
 type Name<'a> = (&'a str, &'a str);
 
+/// A port of a service, and the namespace whose sources a route there is for; empty: all that have none of their own.
+type Place<'a> = (Name<'a>, u16, &'a str);
+
+/// What a route for connections takes at a place.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Takes<'a> {
+    /// A TCPRoute: each.
+    Any,
+    /// A TLSRoute without names: each that begins with a ClientHello.
+    AnyName,
+    /// A TLSRoute: those that ask for this name,
+    Name(&'a str),
+    /// or for one that ends so.
+    End(&'a str),
+}
+
 struct Known<'a> {
     set: &'a DocumentSet,
     grants: Grants<'a>,
-    /// The oldest TCPRoute at each port of a service, by the namespace whose sources it is for (empty: all others).
-    tcp: HashMap<(Name<'a>, u16, &'a str), &'a Document>,
+    /// The oldest route for what connections there are at each place.
+    flows: HashMap<(Place<'a>, Takes<'a>), &'a Document>,
+    /// The places that have routes for requests.
+    requests: HashSet<Place<'a>>,
     /// The captured workloads' pods by namespace.
     pods: BTreeMap<&'a str, Vec<Captured<'a>>>,
     everywhere: Arc<BTreeSet<Arc<str>>>,
@@ -154,30 +173,34 @@ impl<'a> Known<'a> {
         let mut known = Known {
             set,
             grants: Grants::new(grants),
-            tcp: HashMap::new(),
+            flows: HashMap::new(),
+            requests: HashSet::new(),
             pods,
             everywhere: Arc::new(everywhere),
         };
-        for document in set.of_kind(Kind::TcpRoute) {
-            known.add_tcp(document);
+        let routes = set.iter().filter(|document| document.kind().is_route());
+        for route in routes.filter_map(held) {
+            known.add_route(route);
         }
         known
     }
 
-    fn add_tcp(&mut self, route: &'a Document) {
-        if matches!(route, Document::Unreadable(_)) {
-            return;
-        }
+    fn add_route(&mut self, route: &'a Document) {
         let age = |route: &'a Document| (route.meta().created_unix, &route.meta().namespace, &route.meta().name);
-        for parent in route.parent_refs() {
+        for parent in route.parent_refs().iter().filter(|parent| parent.is_service()) {
             let Ok((service, ports)) = self.parent_ports(route, parent) else {
                 continue;
             };
             for port in ports {
-                let key = (service, port, sources_of(route, service.0));
-                let oldest = self.tcp.entry(key).or_insert(route);
-                if age(route) < age(oldest) {
-                    *oldest = route;
+                let place = (service, port, sources_of(route, service.0));
+                if speaks_of_requests(route) {
+                    self.requests.insert(place);
+                }
+                for takes in takes(route) {
+                    let oldest = self.flows.entry((place, takes)).or_insert(route);
+                    if age(route) < age(oldest) {
+                        *oldest = route;
+                    }
                 }
             }
         }
@@ -255,19 +278,52 @@ impl<'a> Known<'a> {
             Ok(found) => found,
             Err(condition) => return condition,
         };
-        if route.kind() != Kind::TcpRoute {
-            return Condition::accepted();
-        }
-        // A TCPRoute takes every connection: of two at one port one never counts.
-        let holder = |port: &u16| self.tcp.get(&(service, *port, sources_of(route, service.0))).copied();
-        let others: Vec<&Document> = ports.iter().filter_map(holder).collect();
-        match others.first() {
-            Some(other) if others.iter().all(|other| other.key() != route.key()) => {
-                let message = format!("{} takes the connections there, and is older", other.key());
-                Condition::refused("Conflicted", message)
-            }
+        // One port at which it counts is enough.
+        let mut idle = ports.into_iter().map(|port| self.idle(route, service, port));
+        let first = idle.next().flatten();
+        match first {
+            Some(why) if idle.all(|why| why.is_some()) => why,
             _ => Condition::accepted(),
         }
+    }
+
+    /// Why a route never counts at a port that it is attached to.
+    fn idle(&self, route: &'a Document, service: Name<'a>, port: u16) -> Option<Condition> {
+        let place = (service, port, sources_of(route, service.0));
+        let (namespace, name) = service;
+        let spec = self.service(service)?;
+        let speaks = spec.ports.iter().find(|spec| spec.port == port)?.protocol;
+        let opaque = matches!(speaks, AppProtocol::Tcp | AppProtocol::Tls);
+        if matches!(route.kind(), Kind::HttpRoute | Kind::GrpcRoute) {
+            let message = || {
+                format!(
+                    "Service {namespace}/{name} port {port} speaks {}: requests are not looked at there",
+                    speaks.words()
+                )
+            };
+            return opaque.then(|| Condition::refused("UnsupportedProtocol", message()));
+        }
+        // Where requests are routed, a port that is known to speak HTTP has no other connections.
+        let declared = !opaque && speaks != AppProtocol::Detect;
+        let everybody = (service, port, "");
+        if declared && (self.requests.contains(&place) || self.requests.contains(&everybody)) {
+            let message = format!(
+                "Service {namespace}/{name} port {port} speaks {} and has routes for requests: they come first",
+                speaks.words()
+            );
+            return Some(Condition::refused("Conflicted", message));
+        }
+        // Of two that take the same connections the younger one never counts.
+        let mut holders = takes(route)
+            .into_iter()
+            .filter_map(|takes| self.flows.get(&(place, takes)));
+        let first = holders.next()?;
+        let key = route.key();
+        if first.key() == key || holders.any(|holder| holder.key() == key) {
+            return None;
+        }
+        let message = format!("{} takes the connections there, and is older", first.key());
+        Some(Condition::refused("Conflicted", message))
     }
 
     /// `ResolvedRefs` of a route: the first thing that is wrong, and how many more.
@@ -290,16 +346,23 @@ impl<'a> Known<'a> {
         let own = &*route.meta().namespace;
         let namespace = backend.namespace.as_deref().unwrap_or(own);
         let (kind, name) = (backend.kind.as_str(), backend.name.as_str());
+        if let BackendKind::Other { .. } = backend.kind {
+            let message = format!(
+                "the mesh cannot send to a {}, only to Services and ServiceSubsets",
+                backend.kind
+            );
+            return Some(("InvalidKind", message));
+        }
         // Asked first: whether something exists in another namespace is not told to those who may not name it.
         if backend.needs_grant(own, route.parent_refs())
-            && !self.grants.permits(route.kind(), own, backend.kind, namespace, name)
+            && !self.grants.permits(route.kind(), own, &backend.kind, namespace, name)
         {
             let message = format!("no ReferenceGrant in namespace {namespace} lets it name {kind} {namespace}/{name}");
             return Some(("RefNotPermitted", message));
         }
         let missing = |what: String| Some(("BackendNotFound", what));
         let service = match backend.kind {
-            BackendKind::Service => name.to_owned(),
+            BackendKind::Service | BackendKind::Other { .. } => name.to_owned(),
             BackendKind::ServiceSubset => {
                 let subset = self.set.get(&DocumentKey::new(Kind::ServiceSubset, namespace, name));
                 match subset.and_then(Document::holding).as_deref() {
@@ -316,10 +379,18 @@ impl<'a> Known<'a> {
                 "Service {namespace}/{service} is a name in DNS and has no endpoints"
             ));
         }
-        if spec.ports.iter().all(|port| port.port != backend.port) {
+        let Some(port) = spec.ports.iter().find(|port| port.port == backend.port) else {
             return missing(format!("Service {namespace}/{service} has no port {}", backend.port));
-        }
-        None
+        };
+        let message = || {
+            format!(
+                "Service {namespace}/{service} port {} speaks {}, which a {} cannot send",
+                port.port,
+                port.protocol.words(),
+                route.kind()
+            )
+        };
+        (!can_send_to(route.kind(), port.protocol)).then(|| ("UnsupportedProtocol", message()))
     }
 
     /// The conditions of one of our kinds.
@@ -414,6 +485,39 @@ impl<'a> Known<'a> {
     }
 }
 
+/// What holds of a route: itself, or the last version of it that could be read.
+fn held(route: &Document) -> Option<&Document> {
+    match route {
+        Document::Unreadable(object) => object.spec.last.as_deref(),
+        route => Some(route),
+    }
+}
+
+fn speaks_of_requests(route: &Document) -> bool {
+    match route {
+        Document::HttpRoute(route) => !route.spec.rules.is_empty(),
+        Document::GrpcRoute(route) => !route.spec.rules.is_empty(),
+        _ => false,
+    }
+}
+
+/// What a route for connections takes; nothing, if it is one for requests.
+fn takes(route: &Document) -> Vec<Takes<'_>> {
+    match route {
+        Document::TcpRoute(_) => vec![Takes::Any],
+        Document::TlsRoute(route) if route.spec.hostnames.is_empty() => vec![Takes::AnyName],
+        Document::TlsRoute(route) => {
+            let names = route.spec.hostnames.iter();
+            let taken = names.map(|name| match name {
+                HostMatch::Exact(name) => Takes::Name(name),
+                HostMatch::Suffix(end) => Takes::End(end),
+            });
+            taken.collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// The namespace whose sources a route is for; empty for the producer's, which is for all that have none of their own.
 fn sources_of<'a>(route: &'a Document, service_namespace: &str) -> &'a str {
     let own = &*route.meta().namespace;
@@ -426,19 +530,21 @@ fn has_all(labels: &BTreeMap<String, String>, wanted: &BTreeMap<String, String>)
 
 /// `Accepted` of what cannot be read.
 fn unreadable(spec: &Unreadable) -> Condition {
-    let what = match (&spec.last, spec.kind) {
-        (Some(_), _) => "its last version that could be read goes on to hold",
-        (None, Kind::MeshPolicy) => "until it can be read its targets demand mutual TLS",
-        (None, kind) if kind.is_guard() => "until it can be read its targets are denied everything",
-        (None, _) => "until it can be read it does nothing",
+    let what = spec.what_holds();
+    let all = |says: &dyn Fn(&str) -> bool| {
+        !spec.problems.is_empty() && spec.problems.iter().all(|problem| says(&problem.message))
     };
-    let later = spec
-        .problems
-        .iter()
-        .all(|problem| problem.message.ends_with("is not supported yet"));
-    let reason = match later && !spec.problems.is_empty() {
-        true => "UnsupportedValue",
-        false => "Invalid",
+    // A route's fields and values are the Gateway API's, whose later versions have more of them.
+    let unknown = |message: &str| {
+        message.ends_with("is not supported yet")
+            || (spec.kind.is_route() && (message.ends_with("is not known") || message == "unknown field"))
+    };
+    let reason = if all(&|message| message == INCOMPATIBLE_FILTERS) {
+        "IncompatibleFilters"
+    } else if all(&unknown) {
+        "UnsupportedValue"
+    } else {
+        "Invalid"
     };
     Condition::refused(reason, format!("{}; {what}", spec.why()))
 }

@@ -282,6 +282,18 @@ impl AppProtocol {
         }
     }
 
+    /// For people.
+    pub const fn words(self) -> &'static str {
+        match self {
+            AppProtocol::Detect => "protocol detected",
+            AppProtocol::Http1 => "HTTP/1.1",
+            AppProtocol::Http2 => "HTTP/2",
+            AppProtocol::Grpc => "gRPC",
+            AppProtocol::Tls => "TLS of its own",
+            AppProtocol::Tcp => "opaque TCP",
+        }
+    }
+
     /// From a Service port's `appProtocol` and name, as Kubernetes and other meshes read them.
     pub fn declared(app_protocol: Option<&str>, port_name: Option<&str>) -> AppProtocol {
         fn known(word: &str) -> Option<AppProtocol> {

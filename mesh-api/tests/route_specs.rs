@@ -172,8 +172,8 @@ fn a_backend_may_lie_in_another_namespace() {
     };
     assert_eq!(first.target, target);
     assert_eq!(
-        (second.target.kind, second.target.namespace.as_deref()),
-        (BackendKind::ServiceSubset, None)
+        (&second.target.kind, second.target.namespace.as_deref()),
+        (&BackendKind::ServiceSubset, None)
     );
 }
 

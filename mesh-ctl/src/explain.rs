@@ -6,16 +6,17 @@ use std::{
 };
 
 use mesh_api::{
-    document::{Document, DocumentSet, Resource, parse},
-    explain::{PlainRequest, Verdict, explain},
+    document::{DocumentSet, Resource, parse},
+    explain::{Explanation, PlainRequest, Verdict, explain},
     identity::TrustDomain,
     view::View,
-    wire::operator::{GetRequest, StatusRequest},
     workload::{ObjectName, Revision},
 };
+use serde::Serialize;
 
 use crate::{
-    connect::{CALL_TIMEOUT, Failure, World, connect},
+    connect::{Failure, World},
+    held::{Held, held},
     output::{Format, Table, print, print_value},
     policy::read_sources,
 };
@@ -92,30 +93,33 @@ fn resolve(host: &str, namespace: &str, resources: &[Resource]) -> Option<IpAddr
     service.addresses.first().copied().or_else(pod)
 }
 
-async fn documents(args: &ExplainArgs, world: &World) -> Result<(DocumentSet, TrustDomain, Revision), Failure> {
+async fn documents(args: &ExplainArgs, world: &World) -> Result<Held, Failure> {
+    if args.filenames.is_empty() {
+        return held(world).await;
+    }
     let lines = |problems: Vec<mesh_api::document::Problem>| {
         Failure::Refused(problems.iter().map(ToString::to_string).collect())
     };
-    if !args.filenames.is_empty() {
-        let mut set = DocumentSet::new();
-        for source in read_sources(&args.filenames)? {
-            set.extend(parse(&source.name, &source.yaml).map_err(lines)?);
-        }
-        let domain = TrustDomain::new("cluster.local").map_err(|e| Failure::refused(e.to_string()))?;
-        return Ok((set, domain, Revision(0)));
-    }
-    let mut client = connect(world, CALL_TIMEOUT).await?;
-    let status = client.status(StatusRequest {}).await?.into_inner();
-    let domain = TrustDomain::new(&status.trust_domain).map_err(|e| Failure::refused(e.to_string()))?;
-    let response = client.get(GetRequest::default()).await?.into_inner();
     let mut set = DocumentSet::new();
-    for stored in response.documents.iter().filter(|stored| stored.unreadable.is_empty()) {
-        let key = stored.key.clone().unwrap_or_default();
-        let source = format!("{} {}/{}", key.kind, key.namespace, key.name);
-        let parsed: Vec<Document> = parse(&source, &stored.json).map_err(lines)?;
-        set.extend(parsed);
+    for source in read_sources(&args.filenames)? {
+        set.extend(parse(&source.name, &source.yaml).map_err(lines)?);
     }
-    Ok((set, domain, Revision(response.revision)))
+    Ok(Held {
+        set,
+        trust_domain: TrustDomain::new("cluster.local").map_err(|e| Failure::refused(e.to_string()))?,
+        revision: Revision(0),
+        notes: Vec::new(),
+    })
+}
+
+/// What `explain` prints for programs.
+#[derive(Serialize)]
+struct Told {
+    #[serde(flatten)]
+    explanation: Explanation,
+    /// What people should know of documents that cannot be read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<String>,
 }
 
 /// Runs `mesh-ctl policy explain`. A refused request is a result, not a failure of the command.
@@ -126,8 +130,13 @@ pub async fn run(args: ExplainArgs, world: &World) -> Result<(), Failure> {
         .rsplit_once(':')
         .and_then(|(host, port)| Some((host, port.parse().ok()?)));
     let (host, port): (&str, u16) = to.ok_or_else(|| Failure::Usage(format!("{:?}: expected HOST:PORT", args.to)))?;
-    let (set, domain, revision) = documents(&args, world).await?;
-    let resources = set.resources(&domain);
+    let Held {
+        set,
+        trust_domain,
+        revision,
+        notes,
+    } = documents(&args, world).await?;
+    let resources = set.resources(&trust_domain);
     let address = resolve(host, &from.namespace, &resources)
         .ok_or_else(|| Failure::refused(format!("{host} is neither an address nor a service or pod with one")))?;
     let asks = args.method.is_some() || args.path.is_some() || !args.header.is_empty();
@@ -149,10 +158,13 @@ pub async fn run(args: ExplainArgs, world: &World) -> Result<(), Failure> {
         Resource::Workload(workload) if workload.name == from => Some(&*workload.node),
         _ => None,
     });
-    let view = View::compile_on(source.unwrap_or_default(), domain, revision, &resources);
+    let view = View::compile_on(source.unwrap_or_default(), trust_domain, revision, &resources);
     let explanation = explain(&view, &from, SocketAddr::new(address, port), request.as_ref());
     if args.output != Format::Table {
-        return print_value(&explanation, args.output);
+        return print_value(&Told { explanation, notes }, args.output);
+    }
+    for note in &notes {
+        eprintln!("warning: {note}");
     }
     let mut table = Table::new(&["STAGE", "OUTCOME", "RULE"]);
     for step in &explanation.steps {

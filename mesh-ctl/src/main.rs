@@ -12,6 +12,7 @@ mod controller;
 mod doctor;
 mod explain;
 mod get;
+mod held;
 mod install;
 mod join;
 mod kubernetes;

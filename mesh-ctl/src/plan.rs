@@ -9,10 +9,9 @@ use std::{
 };
 
 use mesh_api::{
-    document::{Document, DocumentKey, DocumentSet, Problem, Resource, from_json, parse},
-    identity::TrustDomain,
+    document::{Document, DocumentKey, Problem, Resource, from_json, parse},
     policy::TargetRef,
-    wire::operator::{ApplyRequest, GetRequest, StatusRequest},
+    wire::operator::ApplyRequest,
     workload::Workload,
 };
 use serde::Serialize;
@@ -20,6 +19,7 @@ use serde_json::Value;
 
 use crate::{
     connect::{CALL_TIMEOUT, Failure, World, connect},
+    held::{Held, held},
     kubernetes::{
         self,
         objects::{Manner, Object, Objects},
@@ -210,21 +210,6 @@ fn touches(document: &Document, resources: &[Resource]) -> Touches {
     }
 }
 
-/// The controller's documents and trust domain.
-async fn held(world: &World) -> Result<(DocumentSet, TrustDomain), Failure> {
-    let mut client = connect(world, CALL_TIMEOUT).await?;
-    let status = client.status(StatusRequest {}).await?.into_inner();
-    let domain = TrustDomain::new(&status.trust_domain).map_err(|e| Failure::refused(e.to_string()))?;
-    let response = client.get(GetRequest::default()).await?.into_inner();
-    let mut set = DocumentSet::new();
-    for stored in response.documents.iter().filter(|stored| stored.unreadable.is_empty()) {
-        // What cannot be read stays out of the comparison on both sides.
-        let value: Option<Value> = serde_json::from_str(&stored.json).ok();
-        set.extend(value.and_then(|value| from_json("held", &value).ok()));
-    }
-    Ok((set, domain))
-}
-
 fn lines(problems: Vec<Problem>) -> Failure {
     Failure::Refused(problems.iter().map(ToString::to_string).collect())
 }
@@ -237,13 +222,17 @@ pub async fn run(args: PlanArgs, world: &World) -> Result<(), Failure> {
     };
     let mut warnings = Vec::new();
     match held(world).await {
-        Ok((before, domain)) => {
+        Ok(Held {
+            set: before,
+            trust_domain,
+            ..
+        }) => {
             let mut after = before.clone();
             after.extend(documents.values().cloned());
             let known: BTreeSet<String> = before.validate().iter().map(ToString::to_string).collect();
             let open = after.validate().into_iter().map(|problem| problem.to_string());
             warnings.extend(open.filter(|problem| !known.contains(problem)));
-            let resources = after.resources(&domain);
+            let resources = after.resources(&trust_domain);
             for step in &mut steps {
                 step.touches = documents
                     .get(&step.document)
@@ -306,7 +295,7 @@ async fn standalone(args: &PlanArgs, world: &World) -> Result<(Vec<Step>, Docume
         warn(&odd);
         return Err(Failure::Refused(wrong));
     }
-    let (before, _) = held(world).await?;
+    let before = held(world).await?.set;
     let (mut steps, mut documents) = (Vec::new(), BTreeMap::new());
     for source in sources {
         for document in parse(&source.name, &source.yaml).map_err(lines)? {
@@ -371,8 +360,10 @@ fn show(plan: &Plan, format: Format) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use mesh_api::{document::DocumentSet, identity::TrustDomain};
     use serde_json::json;
+
+    use super::*;
 
     #[test]
     fn fields_are_compared_one_by_one() {

@@ -26,7 +26,7 @@ pub use self::{
         Check, Container, ContainerPort, EndpointSliceSpec, EnvVar, NodeSpec, PodSpec, Probe, ServicePortSpec,
         ServiceSpec, SliceEndpoint, SlicePort, SpecPort,
     },
-    parse::{from_json, parse, policy_from_json, read_object},
+    parse::{from_json, parse, policy_from_json, read_object, unreadable},
     set::{Change, DocumentSet, Resource, ResourceKey, diff},
     unreadable::Unreadable,
 };

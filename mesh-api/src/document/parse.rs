@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use super::{DEFAULT_NAMESPACE, Document, Kind, Meta, Object, Problem, Unreadable, core_reader, timestamp};
+use super::{
+    DEFAULT_NAMESPACE, Document, DocumentKey, Kind, Meta, Object, Problem, Unreadable, core_reader, timestamp,
+};
 use crate::{
     policy::check,
     read::{Decode, Field, Fields, Log, Node, Tree, load, one_of, quoted},
@@ -117,6 +119,28 @@ pub fn read_object(kind: Kind, object: &serde_json::Value, last: Option<&Documen
 pub(crate) fn unreadable_from_json(kind: Kind, meta: Meta, spec: &serde_json::Value) -> Document {
     let spec = Unreadable::from_peer(kind, &meta.namespace, spec);
     Document::Unreadable(Object { meta, spec, raw: None })
+}
+
+/// A policy, route or subset that somebody else could not read, for this reason: what holds for it is what
+/// [`Document::holding`] says, whether this version could read it or not. `None` for a kind that is none of these.
+pub fn unreadable(key: &DocumentKey, object: &serde_json::Value, why: &str) -> Option<Document> {
+    if !key.kind.is_policy() {
+        return None;
+    }
+    let problem = Problem {
+        source: key.to_string(),
+        line: None,
+        path: String::new(),
+        message: why.to_owned(),
+        expected: String::new(),
+    };
+    let spec = Unreadable::new(key.kind, &key.namespace, object.get("spec"), vec![problem], None);
+    let meta = Meta {
+        namespace: key.namespace.clone(),
+        name: key.name.clone(),
+        ..Meta::default()
+    };
+    Some(Document::Unreadable(Object { meta, spec, raw: None }))
 }
 
 /// A policy, route or subset from its normalized spec, validated again: what a peer sends is not trusted.

@@ -20,6 +20,21 @@ pub(super) fn validate(set: &DocumentSet) -> Vec<Problem> {
     check.problems
 }
 
+pub(super) fn validate_pods(set: &DocumentSet) -> Vec<(DocumentKey, Problem)> {
+    let mut check = Check {
+        set,
+        problems: Vec::new(),
+        addresses: BTreeMap::new(),
+    };
+    let mut found = Vec::new();
+    for document in set.of_kind(Kind::Namespace).chain(set.of_kind(Kind::Pod)) {
+        check.document(document);
+        let key = document.key();
+        found.extend(check.problems.drain(..).map(|problem| (key.clone(), problem)));
+    }
+    found
+}
+
 struct Check<'a> {
     set: &'a DocumentSet,
     problems: Vec<Problem>,
@@ -182,7 +197,12 @@ impl Check<'_> {
 
     fn backend(&mut self, key: &DocumentKey, path: String, backend: &BackendTarget) {
         let namespace = backend.namespace.as_deref().unwrap_or(&key.namespace);
-        let service = match backend.kind {
+        let service = match &backend.kind {
+            BackendKind::Other { .. } => {
+                let message = format!("the mesh cannot send to a {}: this share is refused", backend.kind);
+                self.warn(key, format!("{path}.kind"), message, "Service or ServiceSubset");
+                return;
+            }
             BackendKind::Service => backend.name.clone(),
             BackendKind::ServiceSubset => {
                 match self

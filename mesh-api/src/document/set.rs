@@ -110,6 +110,12 @@ impl DocumentSet {
         references::validate(self)
     }
 
+    /// Those of [`DocumentSet::validate`] that are about pods, or about what namespaces say of theirs: what an API server
+    /// takes and nobody is told when it is applied.
+    pub fn validate_pods(&self) -> Vec<(DocumentKey, Problem)> {
+        references::validate_pods(self)
+    }
+
     /// Whether a pod is enrolled: by its own label, else by its namespace's.
     pub fn enrols(&self, pod: &Object<PodSpec>) -> bool {
         resources::is_enrolled(self, pod)

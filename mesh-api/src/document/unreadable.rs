@@ -80,6 +80,16 @@ impl Unreadable {
         serde_json::to_value(&spec).unwrap_or_else(|_| json!({}))
     }
 
+    /// What holds instead, for people.
+    pub fn what_holds(&self) -> &'static str {
+        match (&self.last, self.kind) {
+            (Some(_), _) => "its last version that could be read goes on to hold",
+            (None, Kind::MeshPolicy) => "until it can be read its targets demand mutual TLS",
+            (None, kind) if kind.is_guard() => "until it can be read its targets are denied everything",
+            (None, _) => "until it can be read it does nothing",
+        }
+    }
+
     /// The reasons, on one line.
     pub fn why(&self) -> String {
         let one = |problem: &Problem| {

@@ -435,8 +435,13 @@ pub struct BackendTarget {
     pub namespace: Option<String>,
     /// The name of the Service or ServiceSubset.
     pub name: String,
-    /// The service's port.
+    /// The service's port; 0: none, as only another kind than these two may have it.
+    #[serde(skip_serializing_if = "is_no_port")]
     pub port: u16,
+}
+
+fn is_no_port(port: &u16) -> bool {
+    *port == 0
 }
 
 impl BackendTarget {
@@ -471,32 +476,55 @@ pub struct BackendRef {
 }
 
 /// What a backend is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackendKind {
     /// A Service of the core group.
     Service,
     /// A ServiceSubset of `nodemesh.io`.
     ServiceSubset,
+    /// Something that the mesh cannot send to. The Gateway API has the route accepted and this share of it refused.
+    Other {
+        /// The API group.
+        group: String,
+        /// The kind.
+        kind: String,
+    },
 }
 
 impl BackendKind {
+    /// The API group.
+    pub fn group(&self) -> &str {
+        match self {
+            BackendKind::Service => "",
+            BackendKind::ServiceSubset => GROUP,
+            BackendKind::Other { group, .. } => group,
+        }
+    }
+
     /// The kind's name.
-    pub const fn as_str(self) -> &'static str {
+    pub fn as_str(&self) -> &str {
         match self {
             BackendKind::Service => "Service",
             BackendKind::ServiceSubset => "ServiceSubset",
+            BackendKind::Other { kind, .. } => kind,
+        }
+    }
+}
+
+/// `kind`, or `kind.group`, as people write it.
+impl std::fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.group() {
+            "" => f.write_str(self.as_str()),
+            group => write!(f, "{}.{group}", self.as_str()),
         }
     }
 }
 
 impl Serialize for BackendKind {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let group = match self {
-            BackendKind::Service => "",
-            BackendKind::ServiceSubset => GROUP,
-        };
         let mut map = serializer.serialize_map(Some(2))?;
-        map.serialize_entry("group", group)?;
+        map.serialize_entry("group", self.group())?;
         map.serialize_entry("kind", self.as_str())?;
         map.end()
     }

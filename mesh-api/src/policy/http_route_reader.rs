@@ -29,6 +29,9 @@ const CORS_MAX_AGE_DEFAULT: u32 = 5;
 const RETRY_CODES_MAX: usize = 32;
 const WEIGHT_MAX: u32 = 1_000_000;
 
+/// What is said of filters that the Gateway API calls incompatible.
+pub(crate) const INCOMPATIBLE_FILTERS: &str = "has both a RequestRedirect and a URLRewrite";
+
 impl Decode for HttpRoute {
     fn decode(field: &Field) -> Option<HttpRoute> {
         let mut fields = field.fields()?;
@@ -152,7 +155,7 @@ fn check_rule(field: &Field, rule: &HttpRouteRule) -> bool {
         refuse("has both a RequestRedirect and backendRefs", "one of them");
     }
     if redirects && rewrites {
-        refuse("has both a RequestRedirect and a URLRewrite", "one of them");
+        refuse(INCOMPATIBLE_FILTERS, "one of them");
     }
     let replaces_prefix = rule.filters.iter().any(|filter| {
         let path = match filter {
@@ -558,7 +561,10 @@ fn backend_target(fields: &mut Fields) -> Option<BackendTarget> {
         .and_then(|f| check::dns_name(&f));
     let own = fields.whole().namespace().map(str::to_owned);
     let namespace = fields.read("namespace", check::dns_label);
-    let port = fields.need("port", "the service's port").and_then(|f| port(&f));
+    let port = match &kind {
+        Some(BackendKind::Other { .. }) => fields.read("port", port).map(Option::unwrap_or_default),
+        _ => fields.need("port", "the service's port").and_then(|f| port(&f)),
+    };
     Some(BackendTarget {
         kind: kind?,
         // Written out or not, the route's own namespace means the same.
@@ -592,38 +598,33 @@ pub(super) fn backend_ref(field: &Field, takes_filters: bool) -> Option<BackendR
     })
 }
 
+/// A kind that the mesh does not know is read all the same: the status says so, and only this share is refused.
 fn backend_kind(fields: &mut Fields) -> Option<BackendKind> {
-    let kinds = [
-        ("Service", BackendKind::Service),
-        ("ServiceSubset", BackendKind::ServiceSubset),
-    ];
-    let kind = fields
-        .read("kind", |f| f.choice(&kinds, &["ExternalService"]))?
-        .unwrap_or(BackendKind::Service);
+    let kind = fields.read("kind", Field::word)?.unwrap_or("Service");
     let group = fields.get("group");
     let text = match &group {
         Some(field) => field.text()?,
         None => "",
     };
-    let good = match kind {
-        BackendKind::Service => text.is_empty() || text == "core",
-        BackendKind::ServiceSubset => text == GROUP,
-    };
-    if !good {
-        let expected = match kind {
-            BackendKind::Service => "\"\", the core group".to_owned(),
-            BackendKind::ServiceSubset => GROUP.to_owned(),
-        };
-        let field = group.as_ref().unwrap_or(fields.whole());
-        let message = if group.is_some() {
-            format!("{} is not the kind's group", quoted(text))
-        } else {
-            "names no group".to_owned()
-        };
-        field.refuse(message, expected);
-        return None;
+    match (kind, text) {
+        ("Service", "" | "core") => Some(BackendKind::Service),
+        ("ServiceSubset", GROUP) => Some(BackendKind::ServiceSubset),
+        // Ours, and written so that it would be somebody else's.
+        ("ServiceSubset", _) => {
+            let field = group.as_ref().unwrap_or(fields.whole());
+            let message = if group.is_some() {
+                format!("{} is not the kind's group", quoted(text))
+            } else {
+                "names no group".to_owned()
+            };
+            field.refuse(message, GROUP);
+            None
+        }
+        _ => Some(BackendKind::Other {
+            group: text.to_owned(),
+            kind: kind.to_owned(),
+        }),
     }
-    Some(kind)
 }
 
 impl Decode for HttpRouteTimeouts {

@@ -10,7 +10,7 @@ pub(crate) mod check;
 mod grpc_route;
 mod grpc_route_reader;
 mod http_route;
-mod http_route_reader;
+pub(crate) mod http_route_reader;
 mod l4_route;
 mod l4_route_reader;
 mod mesh;

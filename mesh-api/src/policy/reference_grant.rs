@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{GATEWAY_GROUP, GROUP, check};
+use super::{BackendKind, GATEWAY_GROUP, check};
 use crate::read::{Decode, Field, deserialize_by_decoding};
 
 /// The most entries of `from` and `to`, as the Gateway API has them.
@@ -44,12 +44,13 @@ pub struct GrantTo {
 impl ReferenceGrant {
     /// Whether a route of that kind and namespace may name a Service or ServiceSubset of this name in the grant's
     /// namespace.
-    pub fn permits(&self, route_kind: &str, namespace: &str, backend_kind: &str, name: &str) -> bool {
-        let group = if backend_kind == "ServiceSubset" { GROUP } else { "" };
+    pub fn permits(&self, route_kind: &str, namespace: &str, backend: &BackendKind, name: &str) -> bool {
         let from =
             |from: &GrantFrom| from.group == GATEWAY_GROUP && from.kind == route_kind && from.namespace == namespace;
         let to = |to: &GrantTo| {
-            to.group == group && to.kind == backend_kind && to.name.as_deref().is_none_or(|wanted| wanted == name)
+            to.group == backend.group()
+                && to.kind == backend.as_str()
+                && to.name.as_deref().is_none_or(|wanted| wanted == name)
         };
         self.from.iter().any(from) && self.to.iter().any(to)
     }

@@ -145,6 +145,19 @@ pub enum BadBackend {
         /// The port asked for.
         port: u16,
     },
+    /// It is of a kind that the mesh cannot send to.
+    #[error("{0} is not a kind of backend that the mesh knows")]
+    Kind(String),
+    /// Its port speaks something that the route's requests cannot be sent as.
+    #[error("service {service} port {port} speaks {speaks}, which the route cannot send")]
+    Protocol {
+        /// The service.
+        service: ObjectName,
+        /// The port.
+        port: u16,
+        /// What the port is declared to speak.
+        speaks: &'static str,
+    },
     /// It lies in another namespace, and no ReferenceGrant there lets this route name it.
     #[error("no ReferenceGrant in namespace {} lets the route name {}", .0.namespace, .0.name)]
     NotPermitted(ObjectName),

@@ -24,8 +24,8 @@ impl<'a> Grants<'a> {
     }
 
     /// Whether a route of that kind in namespace `from` may send to that Service or ServiceSubset in namespace `to`.
-    pub fn permits(&self, route: Kind, from: &str, backend: BackendKind, to: &str, name: &str) -> bool {
-        let granted = |grant: &&ReferenceGrant| grant.permits(route.as_str(), from, backend.as_str(), name);
+    pub fn permits(&self, route: Kind, from: &str, backend: &BackendKind, to: &str, name: &str) -> bool {
+        let granted = |grant: &&ReferenceGrant| grant.permits(route.as_str(), from, backend, name);
         from == to || self.by_namespace.get(to).into_iter().flatten().any(granted)
     }
 }

@@ -16,7 +16,7 @@ mod compile;
 mod endpoints;
 pub(crate) mod grants;
 mod inbound;
-mod routes;
+pub(crate) mod routes;
 mod settings;
 
 use std::{

@@ -20,7 +20,7 @@ use crate::{
         RouteAction, RouteAge, RouteRule, RouteTable, TableEntry, WeightedBackend,
     },
     rule::RuleId,
-    workload::{ObjectName, Service, ServicePort},
+    workload::{AppProtocol, ObjectName, Service, ServicePort},
 };
 
 /// Tables by the key of the port's own backend.
@@ -292,15 +292,18 @@ impl From<'_> {
         let own = &*self.route.namespace;
         let namespace = wanted.namespace.as_deref().unwrap_or(own);
         let name = ObjectName::new(namespace, &wanted.name);
+        if let BackendKind::Other { .. } = wanted.kind {
+            return Err(BadBackend::Kind(wanted.kind.to_string()));
+        }
         if wanted.needs_grant(own, self.parents)
             && !known
                 .grants
-                .permits(self.kind, own, wanted.kind, namespace, &wanted.name)
+                .permits(self.kind, own, &wanted.kind, namespace, &wanted.name)
         {
             return Err(BadBackend::NotPermitted(name));
         }
         let (service, subset) = match wanted.kind {
-            BackendKind::Service => (wanted.name.as_str(), None),
+            BackendKind::Service | BackendKind::Other { .. } => (wanted.name.as_str(), None),
             BackendKind::ServiceSubset => match known.subsets.get(&(namespace, wanted.name.as_str())) {
                 Some(service) => (*service, Some(name.name.clone())),
                 None => return Err(BadBackend::NoSubset(name)),
@@ -322,10 +325,26 @@ impl From<'_> {
             port: wanted.port,
             subset,
         };
-        known.backends.get(&key).cloned().ok_or(BadBackend::NoPort {
-            service,
-            port: wanted.port,
-        })
+        let port = wanted.port;
+        match known.backends.get(&key) {
+            None => Err(BadBackend::NoPort { service, port }),
+            Some(backend) if !can_send_to(self.kind, backend.protocol) => Err(BadBackend::Protocol {
+                service,
+                port,
+                speaks: backend.protocol.words(),
+            }),
+            Some(backend) => Ok(backend.clone()),
+        }
+    }
+}
+
+/// Whether a route of that kind can send to a port that is declared to speak so. Whole connections go anywhere;
+/// requests need HTTP, and calls HTTP/2.
+pub(crate) fn can_send_to(route: Kind, speaks: AppProtocol) -> bool {
+    match (route, speaks) {
+        (Kind::HttpRoute | Kind::GrpcRoute, AppProtocol::Tls | AppProtocol::Tcp) => false,
+        (Kind::GrpcRoute, AppProtocol::Http1) => false,
+        _ => true,
     }
 }
 

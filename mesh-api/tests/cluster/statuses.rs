@@ -42,6 +42,8 @@ spec: {nodeName: node-5, containers: [{name: app}]}
 ---
 {apiVersion: v1, kind: Service, metadata: {name: cart, namespace: shop}, spec: {clusterIP: 10.96.0.1, selector: {app: cart}, ports: [{name: http, port: 80}, {name: alt, port: 81}]}}
 ---
+{apiVersion: v1, kind: Service, metadata: {name: mixed, namespace: shop}, spec: {clusterIP: 10.96.0.4, selector: {app: cart}, ports: [{name: http, port: 80}, {name: redis, port: 6379}, {name: https, port: 443}, {name: x, port: 90}, {name: grpc, port: 50051}, {name: odd, appProtocol: 'kubernetes.io/h2c', port: 91}]}}
+---
 {apiVersion: v1, kind: Service, metadata: {name: pods, namespace: shop}, spec: {clusterIP: None, selector: {app: cart}, ports: [{port: 80}]}}
 ---
 {apiVersion: v1, kind: Service, metadata: {name: dns, namespace: shop}, spec: {type: ExternalName, externalName: example.com, ports: [{port: 80}]}}
@@ -79,7 +81,7 @@ const GOOD: &str = "Accepted=True/Accepted ResolvedRefs=True/ResolvedRefs";
 #[test]
 fn routes_are_told_for_each_parent() {
     // A route's spec without its rules, its backend, and what each parent that is a Service is told.
-    let table: [(&str, &str, &str, &[&str]); 18] = [
+    let table: [(&str, &str, &str, &[&str]); 25] = [
         (
             "all is well",
             "{group: '', kind: Service, name: cart}",
@@ -188,6 +190,51 @@ fn routes_are_told_for_each_parent() {
             "{group: nodemesh.io, kind: ServiceSubset, name: lost, port: 80}",
             &["Accepted=True/Accepted ResolvedRefs=False/BackendNotFound"],
         ),
+        (
+            "a backend of a kind that nobody knows",
+            "{group: '', kind: Service, name: cart}",
+            "{kind: NonExistent, name: cart}",
+            &["Accepted=True/Accepted ResolvedRefs=False/InvalidKind"],
+        ),
+        (
+            "a kind of that name in another group, elsewhere",
+            "{group: '', kind: Service, name: cart}",
+            "{group: example.com, kind: Service, name: nobody, namespace: web, port: 80}",
+            &["Accepted=True/Accepted ResolvedRefs=False/InvalidKind"],
+        ),
+        (
+            "a backend that speaks no HTTP",
+            "{group: '', kind: Service, name: cart}",
+            "{name: mixed, port: 6379}",
+            &["Accepted=True/Accepted ResolvedRefs=False/UnsupportedProtocol"],
+        ),
+        (
+            "a backend that wants TLS from its sources",
+            "{group: '', kind: Service, name: cart}",
+            "{name: mixed, port: 443}",
+            &["Accepted=True/Accepted ResolvedRefs=False/UnsupportedProtocol"],
+        ),
+        (
+            "backends of which nothing, HTTP/2 and gRPC are known",
+            "{group: '', kind: Service, name: cart}",
+            "{name: mixed, port: 90}, {name: mixed, port: 91}, {name: mixed, port: 50051}",
+            &[GOOD],
+        ),
+        (
+            "a parent's port where no requests are seen",
+            "{group: '', kind: Service, name: mixed, port: 6379}, {group: '', kind: Service, name: mixed, sectionName: https}",
+            "{name: cart, port: 80}",
+            &[
+                "Accepted=False/UnsupportedProtocol ResolvedRefs=True/ResolvedRefs",
+                "Accepted=False/UnsupportedProtocol ResolvedRefs=True/ResolvedRefs",
+            ],
+        ),
+        (
+            "a parent with such ports and others",
+            "{group: '', kind: Service, name: mixed}",
+            "{name: cart, port: 80}",
+            &[GOOD],
+        ),
     ];
     for (name, parents, backend, expected) in table {
         let route = format!(
@@ -199,6 +246,161 @@ fn routes_are_told_for_each_parent() {
         assert_eq!(found, expected, "{name}");
         assert_eq!(status.generation, 5);
         assert!(status.conditions.is_empty(), "{name}");
+    }
+}
+
+/// A route of any kind in namespace `shop`; `rest` is what its spec has beside parents and rules.
+fn route(kind: &str, name: &str, created: &str, parent: &str, rest: &str, rule: &str) -> String {
+    let version = if matches!(kind, "TCPRoute" | "TLSRoute") {
+        "v1alpha2"
+    } else {
+        "v1"
+    };
+    format!(
+        "---\n{{apiVersion: gateway.networking.k8s.io/{version}, kind: {kind}, metadata: {{name: {name}, namespace: shop, \
+         creationTimestamp: '{created}'}}, spec: {{parentRefs: [{{group: '', kind: Service, name: {parent}}}], {rest} \
+         rules: [{{{rule}}}]}}}}\n"
+    )
+}
+
+const OLD: &str = "2026-01-01T00:00:00Z";
+const NEW: &str = "2026-02-01T00:00:00Z";
+
+#[test]
+fn each_kind_of_route_is_told_of_its_backends() {
+    // What HTTPRoute, GRPCRoute, TCPRoute and TLSRoute are told of the same backend.
+    let unsupported = "UnsupportedProtocol";
+    let table = [
+        (
+            "{name: cart, port: 80}",
+            ["ResolvedRefs", unsupported, "ResolvedRefs", "ResolvedRefs"],
+        ),
+        ("{name: cart, port: 81}", ["ResolvedRefs"; 4]),
+        ("{name: mixed, port: 50051}", ["ResolvedRefs"; 4]),
+        ("{name: mixed, port: 91}", ["ResolvedRefs"; 4]),
+        (
+            "{name: mixed, port: 6379}",
+            [unsupported, unsupported, "ResolvedRefs", "ResolvedRefs"],
+        ),
+        (
+            "{name: mixed, port: 443}",
+            [unsupported, unsupported, "ResolvedRefs", "ResolvedRefs"],
+        ),
+        ("{name: nobody, port: 80}", ["BackendNotFound"; 4]),
+        ("{name: secret, namespace: web, port: 80}", ["RefNotPermitted"; 4]),
+        ("{group: example.com, kind: Bucket, name: b}", ["InvalidKind"; 4]),
+    ];
+    let kinds = [
+        ("HTTPRoute", Kind::HttpRoute),
+        ("GRPCRoute", Kind::GrpcRoute),
+        ("TCPRoute", Kind::TcpRoute),
+        ("TLSRoute", Kind::TlsRoute),
+    ];
+    for (backend, expected) in table {
+        for ((kind, of), reason) in kinds.into_iter().zip(expected) {
+            let text = route(
+                kind,
+                "r",
+                OLD,
+                "cart, port: 81",
+                "",
+                &format!("backendRefs: [{backend}]"),
+            );
+            let status = told(&set(&format!("{WORLD}{text}")), of, "r");
+            let resolved = &status.parents[0].conditions[1];
+            assert_eq!(resolved.reason, reason, "{kind} to {backend}: {}", resolved.message);
+            assert_eq!(resolved.holds, reason == "ResolvedRefs");
+            assert!(status.is_accepted(), "{kind} to {backend}");
+        }
+    }
+}
+
+#[test]
+fn of_routes_that_take_the_same_one_is_told_that_it_does_not_count() {
+    let to = "backendRefs: [{name: cart, port: 80}]";
+    let http = |created, port: &str| route("HTTPRoute", "http", created, &format!("mixed, port: {port}"), "", to);
+    let tcp = |created, port: &str| route("TCPRoute", "tcp", created, &format!("mixed, port: {port}"), "", to);
+    let tls = |name: &str, created, names: &str| {
+        let names = if names.is_empty() {
+            String::new()
+        } else {
+            format!("hostnames: [{names}],")
+        };
+        route("TLSRoute", name, created, "mixed, port: 443", &names, to)
+    };
+    type Expected<'a> = &'a [(Kind, &'a str, &'a str)];
+    let table: [(&str, String, Expected); 8] = [
+        (
+            "a declared HTTP port routes requests if it can, whatever is older",
+            http(NEW, "80") + &tcp(OLD, "80"),
+            &[
+                (Kind::HttpRoute, "http", "Accepted"),
+                (Kind::TcpRoute, "tcp", "Conflicted"),
+            ],
+        ),
+        (
+            "without routes for requests its connections are routed",
+            tcp(OLD, "80"),
+            &[(Kind::TcpRoute, "tcp", "Accepted")],
+        ),
+        (
+            "where nothing is declared both count, each for its own",
+            http(NEW, "90") + &tcp(OLD, "90"),
+            &[
+                (Kind::HttpRoute, "http", "Accepted"),
+                (Kind::TcpRoute, "tcp", "Accepted"),
+            ],
+        ),
+        (
+            "a port of opaque TCP has no requests",
+            http(OLD, "6379") + &tcp(NEW, "6379"),
+            &[
+                (Kind::HttpRoute, "http", "UnsupportedProtocol"),
+                (Kind::TcpRoute, "tcp", "Accepted"),
+            ],
+        ),
+        (
+            "of two TLSRoutes for one name the older counts",
+            tls("young", NEW, "a.example") + &tls("old", OLD, "a.example, b.example"),
+            &[
+                (Kind::TlsRoute, "young", "Conflicted"),
+                (Kind::TlsRoute, "old", "Accepted"),
+            ],
+        ),
+        (
+            "one name of its own is enough",
+            tls("young", NEW, "a.example, c.example") + &tls("old", OLD, "a.example, b.example"),
+            &[
+                (Kind::TlsRoute, "young", "Accepted"),
+                (Kind::TlsRoute, "old", "Accepted"),
+            ],
+        ),
+        (
+            "a wildcard and a name are two things",
+            tls("young", NEW, "'*.example'") + &tls("old", OLD, "a.example"),
+            &[
+                (Kind::TlsRoute, "young", "Accepted"),
+                (Kind::TlsRoute, "old", "Accepted"),
+            ],
+        ),
+        (
+            "a TCPRoute takes what no TLSRoute does",
+            tls("young", NEW, "") + &tls("old", OLD, "") + &tcp(NEW, "443"),
+            &[
+                (Kind::TlsRoute, "young", "Conflicted"),
+                (Kind::TlsRoute, "old", "Accepted"),
+                (Kind::TcpRoute, "tcp", "Accepted"),
+            ],
+        ),
+    ];
+    for (name, routes, expected) in table {
+        let all = set(&format!("{WORLD}{routes}"));
+        for (kind, route, reason) in expected {
+            let status = told(&all, *kind, route);
+            let accepted = &status.parents[0].conditions[0];
+            assert_eq!(accepted.reason, *reason, "{name}: {route}: {}", accepted.message);
+            assert_eq!(accepted.holds, *reason == "Accepted", "{name}: {route}");
+        }
     }
 }
 
@@ -257,6 +459,16 @@ fn what_cannot_be_read_is_told_why() {
             "{kind: HTTPRoute, apiVersion: gateway.networking.k8s.io/v1, metadata: {name: r, namespace: shop}, spec: {useDefaultGateways: All, parentRefs: [{group: '', kind: Service, name: cart}], rules: [{}]}}",
             "Accepted=False/UnsupportedValue",
             "spec.useDefaultGateways",
+        ),
+        (
+            "{kind: HTTPRoute, apiVersion: gateway.networking.k8s.io/v1, metadata: {name: r, namespace: shop}, spec: {parentRefs: [{group: '', kind: Service, name: cart}], rules: [{filters: [{type: Vanish}], tomorrow: 1}]}}",
+            "Accepted=False/UnsupportedValue",
+            "does nothing",
+        ),
+        (
+            "{kind: HTTPRoute, apiVersion: gateway.networking.k8s.io/v1, metadata: {name: r, namespace: shop}, spec: {parentRefs: [{group: '', kind: Service, name: cart}], rules: [{filters: [{type: RequestRedirect, requestRedirect: {hostname: a.example}}, {type: URLRewrite, urlRewrite: {hostname: b.example}}]}]}}",
+            "Accepted=False/IncompatibleFilters",
+            "does nothing",
         ),
         (
             "{kind: AccessPolicy, apiVersion: nodemesh.io/v1alpha1, metadata: {name: r, namespace: shop}, spec: {targetRefs: [{kind: Service, name: cart}], action: x}}",

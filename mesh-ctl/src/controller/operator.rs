@@ -124,6 +124,7 @@ impl Operator for OperatorService {
             revision: kept.revision,
             json: kept.document.to_string(),
             unreadable: kept.unreadable,
+            holding_json: kept.holding.map(|document| document.to_string()).unwrap_or_default(),
         });
         Ok(Response::new(GetResponse {
             revision: revision.0,

@@ -68,6 +68,8 @@ pub struct Kept {
     pub document: serde_json::Value,
     /// Why it cannot be read; empty if it can.
     pub unreadable: String,
+    /// If it cannot be read: what it said when it could be, which goes on to hold.
+    pub holding: Option<serde_json::Value>,
 }
 
 /// Where the source stands.

@@ -420,11 +420,19 @@ impl Source for Cluster {
         });
         let kept = found.map(|document| {
             let key = document.key();
+            let unreadable = state.unreadable.get(&key).map(|all| explain(all)).unwrap_or_default();
+            let holding = match document {
+                _ if unreadable.is_empty() => None,
+                Document::Unreadable(object) => object.spec.last.as_ref().map(|last| last.to_json()),
+                // Another kind stays in the set as it could be read last.
+                last => Some(last.to_json()),
+            };
             Kept {
                 generation: document.meta().generation,
                 revision: state.brought.get(&key).map_or(0, |revision| revision.0),
                 document: document.to_json(),
-                unreadable: state.unreadable.get(&key).map(|all| explain(all)).unwrap_or_default(),
+                unreadable,
+                holding,
                 key: text_of(&key),
             }
         });

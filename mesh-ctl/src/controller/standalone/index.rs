@@ -394,6 +394,7 @@ impl Source for Index {
                 revision: stored.revision,
                 document: stored.document.clone(),
                 unreadable: state.unreadable.get(key).cloned().unwrap_or_default(),
+                holding: None,
             });
         (state.revision, found.collect())
     }
