@@ -15,7 +15,7 @@ pub mod sync;
 pub use controller::ControllerClient;
 pub use session::{AgentReport, ControllerConfig, SyncConfig, SyncError, SyncHealth, ViewSync};
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
@@ -82,10 +82,14 @@ impl<T> Published<T> {
         self.changes.subscribe()
     }
 
-    /// Returns at the next publication after this call.
-    pub async fn changed(&self) {
-        // The sender lives in `self`, so the wait cannot fail.
-        let _ = self.changes.subscribe().changed().await;
+    /// Returns at the next publication after this call, however late it is waited for: who looks at the value between the
+    /// two misses none, whatever thread publishes.
+    pub fn changed(&self) -> impl Future<Output = ()> + use<'_, T> {
+        let mut changes = self.changes.subscribe();
+        async move {
+            // The sender lives in `self`, so the wait cannot fail.
+            let _ = changes.changed().await;
+        }
     }
 
     /// Returns the first value that satisfies the predicate, the current one included.
