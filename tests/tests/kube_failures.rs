@@ -363,16 +363,21 @@ spec:
     Ok(())
 }
 
+/// Waits until a policy's status says that the agents that need it hold it.
+fn until_programmed(scope: &Scope, name: &str) -> Result<()> {
+    scope.until(&format!("{name} in effect"), || {
+        let object = scope.get(scope.namespace(), "accesspolicy", name)?;
+        let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let good = |value: &Value| value["type"] == "Programmed" && value["status"] == "True";
+        ensure!(conditions.iter().any(good), "{}", object["status"]);
+        Ok(Some(()))
+    })
+}
+
 /// Waits until paths are denied by the agents of both nodes.
 fn until_denied(scope: &Scope, names: &[String]) -> Result<()> {
     for name in names {
-        scope.until(&format!("{name} in effect"), || {
-            let object = scope.get(scope.namespace(), "accesspolicy", name)?;
-            let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
-            let good = |value: &Value| value["type"] == "Programmed" && value["status"] == "True";
-            ensure!(conditions.iter().any(good), "{}", object["status"]);
-            Ok(Some(()))
-        })?;
+        until_programmed(scope, name)?;
         for source in ["source-1", "source-2"] {
             let found = curl(scope, source, name)?;
             ensure!(
@@ -563,13 +568,18 @@ fn a_killed_leader_loses_no_change() -> Result<()> {
         |_| Loss::None,
         || {
             let old = leader(&scope)?;
+            let mut killed = Instant::now();
             let text = |field: &str| old["metadata"][field].as_str().context("a pod without a name");
             for (number, name) in names.iter().enumerate() {
                 deny(&scope, name)?;
                 if number == 5 {
+                    killed = Instant::now();
                     scope.kill(text("uid")?, &["mesh-ctl", "controller"])?;
                 }
             }
+            // The first change that only the next leader can have told the agents.
+            until_programmed(&scope, &names[6])?;
+            println!("a change is in effect {:?} after the leader's death", killed.elapsed());
             until_denied(&scope, &names)?;
             leader(&scope)?;
             scope.until("the killed one's return", || {
