@@ -38,6 +38,19 @@ class Answer(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(('', 8080), Answer).serve_forever()
 ";
 
+/// Answers HTTP on 8080, and says who asked by the path that was asked for.
+const REGISTER: &str = "
+import http.server
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        print('asked', self.path, flush=True)
+        self.send_response(204)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(('', 8080), Answer).serve_forever()
+";
+
 /// Asks the echo at $TO once in a while over one connection and prints each answer; ends when it breaks.
 const ASKER: &str = "
 import os, socket, time
@@ -518,5 +531,77 @@ fn captures_follow_births_within_a_tenth_of_a_second() -> Result<()> {
     println!("{quick} of {all} captures within 100 ms of the sandbox's birth");
     // One may fall to a neighbour of this machine.
     assert!(quick >= all - 1.0, "{quick} of {all}");
+    Ok(())
+}
+
+/// Every kind of container of every kind of pod that Kubernetes makes, each of which asks the strict register once.
+fn askers(register: &str) -> String {
+    let ask = |who: &str| format!("curl -sS --fail --max-time 10 http://{register}:8080/{who}");
+    let container = |name: &str, words: &str, more: &str| {
+        format!("{{name: {name}, image: {IMAGE}, imagePullPolicy: Never, command: [sh, -c, '{words}']{more}}}")
+    };
+    let stays = "trap \"exit 0\" TERM; while :; do sleep 0.1; done";
+    let beside = container(
+        "beside",
+        &format!("{} && {stays}", ask("beside")),
+        ", restartPolicy: Always",
+    );
+    let job = |name: &str| {
+        format!(
+            "{{backoffLimit: 0, template: {{spec: {{restartPolicy: Never, initContainers: [{}, {beside}], \
+             containers: [{}, {}]}}}}}}",
+            container("init", &ask("init"), ""),
+            container("one", &ask(&format!("{name}-one")), ""),
+            container("two", &ask(&format!("{name}-two")), "")
+        )
+    };
+    let parting = format!(
+        ", lifecycle: {{preStop: {{exec: {{command: [sh, -c, '{}']}}}}}}",
+        ask("parting")
+    );
+    format!(
+        "{{apiVersion: batch/v1, kind: Job, metadata: {{name: once}}, spec: {}}}
+---
+{{apiVersion: batch/v1, kind: CronJob, metadata: {{name: often}}, spec: {{schedule: '0 0 1 1 *', jobTemplate: {{spec: {}}}}}}}
+---
+{{apiVersion: v1, kind: Pod, metadata: {{name: parting}}, spec: {{terminationGracePeriodSeconds: 30, containers: [{}]}}}}
+",
+        job("once"),
+        job("often"),
+        container("main", stays, &parting)
+    )
+}
+
+#[test]
+fn containers_of_every_kind_reach_strict_pods_and_end_as_they_should() -> Result<()> {
+    let scope = Scope::new(&Cluster::shared()?, "kinds", "nodemesh.io/mesh: enabled")?;
+    strict(&scope)?;
+    scope.apply(&pod("register", REGISTER, ""))?;
+    let register = address(&scope, "register")?;
+    scope.apply(&askers(&register))?;
+    scope.run(&["create", "job", "often-now", "--from=cronjob/often"])?;
+    // They end although a container stays beside them, and nothing of the mesh keeps their pods.
+    for job in ["job/once", "job/often-now"] {
+        scope.condition(scope.namespace(), job, "Complete")?;
+    }
+    address(&scope, "parting")?;
+    scope.run(&["delete", "pod", "parting", "--wait=true"])?;
+    let log = scope.logs(scope.namespace(), "register")?;
+    let asked = |who: &str| {
+        log.lines()
+            .filter(|line| line.ends_with(&format!("asked /{who}")))
+            .count()
+    };
+    for (who, times) in [
+        ("init", 2),
+        ("beside", 2),
+        ("once-one", 1),
+        ("once-two", 1),
+        ("often-one", 1),
+        ("often-two", 1),
+        ("parting", 1),
+    ] {
+        assert_eq!(asked(who), times, "{who}: {log}");
+    }
     Ok(())
 }

@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use mesh_tests::cluster::{Cluster, Scope};
+use mesh_tests::{
+    Output,
+    cluster::{Cluster, Scope},
+};
 
 /// Where something listens outside of the cluster's pods.
 const OUTSIDE: (&str, u16) = ("172.30.0.1", 18080);
@@ -80,34 +83,9 @@ fn application(namespace: &str) -> Result<Scope> {
     scope.rolled_out(namespace, "statefulset/db")?;
     for source in SOURCES {
         scope.condition(namespace, &format!("pod/{source}"), "Ready")?;
-        until_answered(&scope, source, "http://web/", &["db-0", "db-1"])?;
+        scope.until_served(source, "http://web/", &["db-0", "db-1"])?;
     }
     Ok(scope)
-}
-
-/// What a URL answers: the name of the pod that served.
-fn ask(scope: &Scope, source: &str, url: &str) -> Result<String> {
-    let said = scope
-        .exec(source, &["curl", "-sS", "--fail", "--max-time", "10", url])?
-        .ok()?;
-    Ok(said.lines().next().unwrap_or_default().to_string())
-}
-
-/// Several requests, each over a new connection: the names of the pods that served.
-fn ask_often(scope: &Scope, source: &str, url: &str) -> Result<BTreeSet<String>> {
-    let words = format!("for i in $(seq 12); do curl -sS --fail --max-time 10 {url} | head -n 1 || exit 1; done");
-    let said = scope.exec(source, &["sh", "-c", &words])?.ok()?;
-    Ok(said.lines().map(String::from).collect())
-}
-
-/// Waits until the pods that serve a URL are these.
-fn until_answered(scope: &Scope, source: &str, url: &str, names: &[&str]) -> Result<()> {
-    scope.until(&format!("{names:?} at {url} for {source}"), || {
-        let found = ask_often(scope, source, url)?;
-        let wanted: BTreeSet<String> = names.iter().map(|name| (*name).to_string()).collect();
-        ensure!(found == wanted, "{found:?}");
-        Ok(Some(()))
-    })
 }
 
 fn address(scope: &Scope, pod: &str) -> Result<String> {
@@ -163,6 +141,42 @@ impl Drop for Outside {
     }
 }
 
+/// Gives a Service the address of a load balancer, as a cloud's controller does.
+fn balance(scope: &Scope, service: &str, address: &str) -> Result<()> {
+    let status = format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{{"ip": "{address}"}}]}}}}}}"#);
+    scope.run(&["patch", "service", service, "--subresource=status", "-p", &status])?;
+    Ok(())
+}
+
+/// A load balancer in front of a node: what is sent to an address from outside of the cluster goes there. It ends with
+/// this value.
+struct Balancer<'a> {
+    scope: &'a Scope,
+    address: &'a str,
+}
+
+impl<'a> Balancer<'a> {
+    fn start(scope: &'a Scope, address: &'a str, node: &str) -> Result<Balancer<'a>> {
+        let balancer = Balancer { scope, address };
+        balancer.route(&["replace", address, "via", node])?;
+        Ok(balancer)
+    }
+
+    fn route(&self, words: &[&str]) -> Result<()> {
+        let mut command = self.scope.command("ip");
+        let output: Output = command.arg("route").args(words).output().context("run ip")?.into();
+        output.ok().map(drop)
+    }
+}
+
+impl Drop for Balancer<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.route(&["del", self.address]) {
+            eprintln!("the route to {} stays: {error:#}", self.address);
+        }
+    }
+}
+
 const RESOLVE: &str = "
 import socket, sys
 print(*{found[4][0] for found in socket.getaddrinfo(sys.argv[1], 80, socket.AF_INET)})
@@ -207,9 +221,15 @@ apiVersion: v1
 kind: Service
 metadata: {{name: alias}}
 spec: {{type: ExternalName, externalName: web.{namespace}.svc.cluster.local}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: balanced}}
+spec: {{type: LoadBalancer, selector: {{app: db}}, ports: [{{name: http, port: 8000, targetPort: web}}]}}
 "#,
         OUTSIDE.0, OUTSIDE.1
     ))?;
+    balance(&scope, "balanced", "203.0.113.80")?;
     let capture = scope.capture("tcp port 8080")?;
     for source in SOURCES {
         let table = [
@@ -225,6 +245,8 @@ spec: {{type: ExternalName, externalName: web.{namespace}.svc.cluster.local}}
             ("http://manual/".into(), &["db-0"]),
             ("http://outside/".into(), &["outside"]),
             ("http://alias/".into(), both),
+            // What a load balancer's address leads to, which the cluster answers for itself.
+            ("http://203.0.113.80:8000/".into(), both),
         ];
         // The service's own name leads to all; which one a program takes is its resolver's choice.
         let said = scope.exec(source, &["python3", "-c", RESOLVE, "db"])?.ok()?;
@@ -234,11 +256,11 @@ spec: {{type: ExternalName, externalName: web.{namespace}.svc.cluster.local}}
             "the addresses of db"
         );
         for address in &addresses {
-            let found = ask(&scope, source, &format!("http://{address}:8080/"))?;
+            let found = scope.ask(source, &format!("http://{address}:8080/"))?;
             assert!(both.contains(&found.as_str()), "{found}");
         }
         for (url, names) in table {
-            until_answered(&scope, source, &url, names)?;
+            scope.until_served(source, &url, names)?;
         }
     }
     drop(outside);
@@ -305,19 +327,19 @@ spec: {selector: {app: lazy}, ports: [{name: http, port: 80, targetPort: 8080}]}
     )?;
     for source in SOURCES {
         let own = neighbour(&scope, source)?;
-        until_answered(&scope, source, "http://local/", &[own])?;
-        until_answered(&scope, source, "http://near/", &[own])?;
-        until_answered(&scope, source, "http://early/", &["lazy"])?;
-        until_answered(&scope, source, "http://early-headless:8080/", &["lazy"])?;
+        scope.until_served(source, "http://local/", &[own])?;
+        scope.until_served(source, "http://near/", &[own])?;
+        scope.until_served(source, "http://early/", &["lazy"])?;
+        scope.until_served(source, "http://early-headless:8080/", &["lazy"])?;
         // One and the same, whichever it is.
         let mut first = None;
         scope.until("an endpoint to stay with", || {
-            first = Some(ask(&scope, source, "http://affine/")?);
+            first = Some(scope.ask(source, "http://affine/")?);
             Ok(first.clone())
         })?;
-        let found = ask_often(&scope, source, "http://affine/")?;
+        let found = scope.ask_often(source, "http://affine/")?;
         assert_eq!(found.into_iter().collect::<Vec<_>>(), Vec::from_iter(first), "{source}");
-        assert!(ask(&scope, source, "http://late/").is_err(), "an unready pod serves");
+        assert!(scope.ask(source, "http://late/").is_err(), "an unready pod serves");
     }
     Ok(())
 }
@@ -371,6 +393,15 @@ apiVersion: v1
 kind: Service
 metadata: {name: edge}
 spec: {type: NodePort, selector: {app: edge}, ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: balanced}
+spec:
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  selector: {app: edge}
+  ports: [{name: http, port: 8000, targetPort: 8080}]
 ---
 apiVersion: v1
 kind: Pod
@@ -430,7 +461,7 @@ fn what_is_not_the_meshs_own_goes_on() -> Result<()> {
         Ok(object["spec"]["clusterIP"].as_str().unwrap_or_default().to_string())
     };
     // It is strict and serves the mesh.
-    until_answered(&scope, "source-1", "http://probed/", &["probed"])?;
+    scope.until_served("source-1", "http://probed/", &["probed"])?;
     let (web, name) = (
         cluster_ip("web")?,
         format!("web.{}.svc.cluster.local", scope.namespace()),
@@ -472,29 +503,120 @@ fn what_is_not_the_meshs_own_goes_on() -> Result<()> {
         for node in ["172.30.0.11", "172.30.0.12"] {
             let url = format!("http://{node}:{port}/");
             let mut found = BTreeSet::new();
-            let ask = || -> Result<String> {
-                let mut command = scope.command("curl");
-                command.args(["-sS", "--max-time", "5", &url]).stdin(Stdio::null());
-                let output = command.output().context("run curl")?;
-                Ok(String::from_utf8_lossy(&output.stdout)
-                    .lines()
-                    .next()
-                    .unwrap_or_default()
-                    .to_string())
-            };
             if answered {
                 scope.until(&format!("answers of both pods at {url}"), || {
-                    let name = ask()?;
+                    let name = from_outside(&scope, &url)?;
                     ensure!(name.starts_with("edge-"), "{name:?}");
                     found.insert(name);
                     Ok((found.len() == 2).then_some(()))
                 })?;
             } else {
                 for _ in 0..4 {
-                    assert_eq!(ask()?, "", "a strict pod answers plaintext from {url}");
+                    assert_eq!(
+                        from_outside(&scope, &url)?,
+                        "",
+                        "a strict pod answers plaintext from {url}"
+                    );
                 }
             }
         }
+    }
+    // By a load balancer, which leaves the outside's own address as it is: only that node's pod may answer.
+    let address = "203.0.113.81";
+    balance(&scope, "balanced", address)?;
+    for (node, pod) in [("172.30.0.11", "edge-1"), ("172.30.0.12", "edge-2")] {
+        let balancer = Balancer::start(&scope, address, node)?;
+        scope.until(&format!("an answer by the load balancer at {node}"), || {
+            let said = from_outside(&scope, &format!("http://{address}:8000/"))?;
+            ensure!(said == pod, "{said:?}");
+            Ok(Some(()))
+        })?;
+        drop(balancer);
+    }
+    Ok(())
+}
+
+/// What a URL answers to one who is outside of the cluster: the first line, empty if there is no answer.
+fn from_outside(scope: &Scope, url: &str) -> Result<String> {
+    let mut command = scope.command("curl");
+    command.args(["-sS", "--max-time", "5", url]).stdin(Stdio::null());
+    let output = command.output().context("run curl")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or_default().to_string())
+}
+
+/// SCTP by hand, since not every kernel has it: its packets are the same. `packet` makes one with its checksum.
+const SCTP: &str = r#"
+import socket, struct, sys
+def packet(source, destination, tag, kind):
+    body = struct.pack(">IIHHI", 7, 65535, 1, 1, 1)
+    chunk = struct.pack(">BBH", kind, 0, 4 + len(body)) + body
+    head = struct.pack(">HHI", source, destination, tag)
+    crc = 0xffffffff
+    for byte in head + b"\0\0\0\0" + chunk:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82f63b78 if crc & 1 else 0)
+    return head + struct.pack("<I", crc ^ 0xffffffff) + chunk
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 132)
+def receive(port):
+    while True:
+        data, (address, _) = raw.recvfrom(2048)
+        packet = data[(data[0] & 15) * 4:]
+        source, destination = struct.unpack(">HH", packet[:4])
+        if destination == port:
+            return address, source, packet[12]
+if sys.argv[1] == "answer":
+    while True:
+        address, source, kind = receive(5001)
+        if kind == 1:  # INIT, to be answered by INIT ACK
+            raw.sendto(packet(5001, source, 7, 2), (address, 0))
+else:
+    raw.settimeout(3)
+    raw.sendto(packet(40000, 5000, 0, 1), (socket.gethostbyname(sys.argv[1]), 0))
+    address, source, kind = receive(40000)
+    print(source, kind)
+"#;
+
+#[test]
+fn sctp_passes_beside_what_is_captured() -> Result<()> {
+    let scope = application("kube-sctp")?;
+    let program = serde_json::Value::from(SCTP);
+    scope.apply(&format!(
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: {{name: both, labels: {{app: both}}}}
+spec:
+  nodeSelector: {{kubernetes.io/hostname: node2}}
+  terminationGracePeriodSeconds: 0
+  containers:
+  - {{name: sctp, image: "localhost/nodemesh/test:dev", command: [python3, -c, {program}, answer]}}
+  - {{name: tcp, image: "localhost/nodemesh/test:dev", command: [lab-load, serve, "8080", both]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: both}}
+spec:
+  selector: {{app: both}}
+  ports:
+  - {{name: sctp, port: 5000, targetPort: 5001, protocol: SCTP}}
+  - {{name: http, port: 80, targetPort: 8080}}
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: MeshPolicy
+metadata: {{name: strict-both}}
+spec: {{targetRefs: [{{kind: Pod, selector: {{matchLabels: {{app: both}}}}}}], mtls: {{mode: strict}}}}
+"#
+    ))?;
+    scope.condition(scope.namespace(), "pod/both", "Ready")?;
+    for source in SOURCES {
+        scope.until_served(source, "http://both/", &["both"])?;
+        scope.until("an answer by SCTP", || {
+            let said = scope.exec(source, &["python3", "-c", SCTP, "both"])?;
+            ensure!(said.ok()?.trim() == "5000 2");
+            Ok(Some(()))
+        })?;
     }
     Ok(())
 }
@@ -572,7 +694,7 @@ spec:
     rules.add(&format!("ip daddr {there} tcp dport != 8080 counter"))?;
     let url = format!("http://{far}.db:8080/");
     for source in ["source-1", "source-3"] {
-        until_answered(&scope, source, &url, &[far])?;
+        scope.until_served(source, &url, &[far])?;
     }
     let counts = rules.counts()?;
     ensure!(
@@ -586,11 +708,11 @@ spec:
     ensure!(!asked.stdout.contains(far), "the dropped pair speaks: {asked}");
     ensure!(rules.counts()?[0] > 0, "nothing was dropped");
     // Exactly that pair: another source, the other direction's service, and the other destination go on.
-    until_answered(&scope, "source-3", &url, &[far])?;
+    scope.until_served("source-3", &url, &[far])?;
     let near = neighbour(&scope, "source-1")?;
-    until_answered(&scope, "source-1", &format!("http://{near}.db:8080/"), &[near])?;
+    scope.until_served("source-1", &format!("http://{near}.db:8080/"), &[near])?;
     ensure!(three != one, "both sources have the address {one}");
 
     rules.nft("flush chain inet cni-test forward")?;
-    until_answered(&scope, "source-1", &url, &[far])
+    scope.until_served("source-1", &url, &[far])
 }

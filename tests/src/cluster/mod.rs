@@ -5,6 +5,7 @@
 //! Tests named `kube_*` get the run's cluster from [`Cluster::shared`]; they need root and a running cluster, say so
 //! when they have none, and never skip. What a test creates it removes: a [`Scope`] is a namespace that goes with it.
 
+mod ask;
 pub mod conformance;
 pub mod load;
 mod processes;
