@@ -341,11 +341,11 @@ impl From<'_> {
 /// Whether a route of that kind can send to a port that is declared to speak so. Whole connections go anywhere;
 /// requests need HTTP, and calls HTTP/2.
 pub(crate) fn can_send_to(route: Kind, speaks: AppProtocol) -> bool {
-    match (route, speaks) {
-        (Kind::HttpRoute | Kind::GrpcRoute, AppProtocol::Tls | AppProtocol::Tcp) => false,
-        (Kind::GrpcRoute, AppProtocol::Http1) => false,
-        _ => true,
-    }
+    !matches!(
+        (route, speaks),
+        (Kind::HttpRoute | Kind::GrpcRoute, AppProtocol::Tls | AppProtocol::Tcp)
+            | (Kind::GrpcRoute, AppProtocol::Http1)
+    )
 }
 
 /// The filters of a rule or backend, each kind but mirrors at most once.
