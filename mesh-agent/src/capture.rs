@@ -6,7 +6,7 @@
 //! socket's own local address is the original one. Nothing is read here and nothing decided.
 
 use std::{
-    collections::HashMap, io, net::SocketAddr, os::fd::AsFd, rc::Rc, sync::Arc, thread::JoinHandle, time::Duration,
+    collections::BTreeMap, io, net::SocketAddr, os::fd::AsFd, rc::Rc, sync::Arc, thread::JoinHandle, time::Duration,
 };
 
 use tokio::{
@@ -64,17 +64,18 @@ pub fn start(
         .spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, run(shared, commands));
+            local.block_on(&runtime, run(Worker::new(shared), commands));
             // Connections that outlive the drain's patience end with the runtime.
             Ok(())
         })
 }
 
-async fn run(shared: Arc<Shared>, mut commands: mpsc::Receiver<WorkerCommand>) {
-    let worker = Worker::new(shared);
+/// Serves what the commands say until one of them is to drain and the drain is over. Must be called within a `LocalSet`,
+/// which holds the connections.
+pub async fn run(worker: Rc<Worker>, mut commands: mpsc::Receiver<WorkerCommand>) {
     let tunnels = worker.tunnels.clone();
     let maintenance = tokio::task::spawn_local(async move { tunnels.maintain().await });
-    let mut serving: HashMap<NetnsCookie, watch::Sender<Until>> = HashMap::new();
+    let mut serving: BTreeMap<NetnsCookie, watch::Sender<Until>> = BTreeMap::new();
     let mut last_call = LAST_CALL;
     while let Some(command) = commands.recv().await {
         match command {

@@ -30,11 +30,14 @@ use rustls::{
     ClientConfig, ServerConfig,
     client::Resumption,
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, PrivateKeyDer, TrustAnchor},
+    pki_types::{CertificateDer, PrivateKeyDer, TrustAnchor, UnixTime},
     server::ServerSessionMemoryCache,
     sign::{CertifiedKey, SingleCertAndKey},
+    time_provider::TimeProvider,
 };
 use tokio::{sync::watch, time::Instant};
+
+use crate::net::{Clock, SystemClock};
 
 pub use verify::{PeerError, PeerIdentity};
 
@@ -261,13 +264,24 @@ pub fn provider() -> CryptoProvider {
     provider
 }
 
+/// The agent's own wall clock, for rustls.
+#[derive(Debug)]
+struct WallTime;
+
+impl TimeProvider for WallTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        let since = SystemClock.wall().duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        Some(UnixTime::since_unix_epoch(since))
+    }
+}
+
 fn client_config(
     provider: &Arc<CryptoProvider>,
     key: &Arc<CertifiedKey>,
     bundle: &Arc<TrustBundle>,
     alpn: Alpn,
 ) -> Result<Arc<ClientConfig>, rustls::Error> {
-    let mut config = ClientConfig::builder_with_provider(provider.clone())
+    let mut config = ClientConfig::builder_with_details(provider.clone(), Arc::new(WallTime))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verify::ServerVerifier::new(bundle.clone(), provider)))
@@ -284,7 +298,7 @@ fn server_config(
     key: &Arc<CertifiedKey>,
     bundle: &Arc<TrustBundle>,
 ) -> Result<Arc<ServerConfig>, rustls::Error> {
-    let mut config = ServerConfig::builder_with_provider(provider.clone())
+    let mut config = ServerConfig::builder_with_details(provider.clone(), Arc::new(WallTime))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(verify::ClientVerifier::new(bundle.clone(), provider)))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key.clone())));
