@@ -106,6 +106,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mesh-tests", &["mesh-abi", "mesh-api", "mesh-agent", "mesh-ctl"]),
     ("xtask", &["mesh-api", "mesh-tests"]),
     ("mesh-benches", &["mesh-api", "mesh-agent"]),
+    ("mesh-sim", &["mesh-abi", "mesh-api"]),
 ];
 
 /// Words that do not belong into this tree, and why.
