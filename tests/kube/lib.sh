@@ -19,6 +19,10 @@ LOG=$STATE/log
 CONTROL_IP=172.30.0.1                                       # node N is 172.30.0.1N
 PODS=10.244                                                 # pods of node N are $PODS.N.0/24
 SERVICES=10.96.0.0/16
+# The same once more: every cluster has both families, IPv4 first.
+CONTROL_IP6=fd00:172:30::1                                  # node N is fd00:172:30::1N
+PODS6=fd00:10:244                                           # pods of node N are $PODS6:N::/64
+SERVICES6=fd00:10:96::/112
 API_IP=10.96.0.1
 DNS_IP=10.96.0.10
 

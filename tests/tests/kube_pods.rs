@@ -1,6 +1,9 @@
 //! Pods of a real kubelet: found, guarded, captured and let go, with nothing restarted and nothing left behind.
 
-use std::process::{Child, Stdio};
+use std::{
+    net::{IpAddr, SocketAddr},
+    process::{Child, Stdio},
+};
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::{
@@ -24,9 +27,9 @@ class Server(socketserver.ThreadingTCPServer):
 Server(('', 7000), Echo).serve_forever()
 ";
 
-/// Answers HTTP on 8080.
+/// Answers HTTP on 8080, at addresses of both families.
 const WEB: &str = "
-import http.server
+import http.server, socket
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -35,7 +38,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b'ok\\n')
     def log_message(self, *_):
         pass
-http.server.ThreadingHTTPServer(('', 8080), Answer).serve_forever()
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+Server(('::', 8080), Answer).serve_forever()
 ";
 
 /// Answers HTTP on 8080, and says who asked by the path that was asked for.
@@ -368,16 +373,28 @@ fn the_kubelets_probes_pass_under_strict_and_nobody_elses() -> Result<()> {
     for answer in by_node_port()? {
         assert!(!answer.status.success(), "by the node's port: {answer}");
     }
-    let by_pod = plain.exec("hosted", &curl)?;
-    assert!(!by_pod.status.success(), "by a pod of the node's network: {by_pod}");
     let unseen = cluster.http_on_node(1, &url);
     assert!(unseen.is_err(), "from the node's address alone: {unseen:?}");
-    for node in 1..=cluster.nodes()? {
-        let by_node = cluster.exec_on_node(node, &curl)?;
-        assert_eq!(
-            by_node.status.success(),
-            node == 1,
-            "a process of node {node}: {by_node}"
+    // At both of its addresses.
+    let pod_now = scope.get(scope.namespace(), "pod", "web")?;
+    let addresses = pod_now["status"]["podIPs"].as_array().context("a list of addresses")?;
+    assert_eq!(addresses.len(), 2, "{addresses:?}");
+    for address in addresses {
+        let address: IpAddr = address["ip"].as_str().unwrap_or_default().parse()?;
+        let url = format!("http://{}/", SocketAddr::new(address, 8080));
+        let curl = ["curl", "-sS", "-g", "--fail", "--max-time", "5", &url];
+        for node in 1..=cluster.nodes()? {
+            let by_node = cluster.exec_on_node(node, &curl)?;
+            assert_eq!(
+                by_node.status.success(),
+                node == 1,
+                "a process of node {node} at {url}: {by_node}"
+            );
+        }
+        let by_pod = plain.exec("hosted", &curl)?;
+        assert!(
+            !by_pod.status.success(),
+            "by a pod of the node's network at {url}: {by_pod}"
         );
     }
     let pod_now = scope.get(scope.namespace(), "pod", "web")?;

@@ -9,6 +9,7 @@ mod ask;
 pub mod conformance;
 pub mod load;
 mod processes;
+mod proxy;
 mod scope;
 mod wire;
 
@@ -24,6 +25,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 pub use processes::{Paused, Slowed};
+pub use proxy::ProxyMode;
 pub use scope::Scope;
 pub use wire::WireCapture;
 
