@@ -1,4 +1,5 @@
-//! HAProxy as a pair: HTTP on both sides, connections to the other end shared between requests.
+//! HAProxy as a pair: HTTP on both sides, connections to the other end shared between requests; and as the floor: two
+//! hops that only copy bytes.
 
 use super::{End, WORKERS};
 
@@ -45,5 +46,27 @@ backend out
   server next {next} {server}
 ",
         side = if end.source { "source" } else { "destination" },
+    )
+}
+
+/// Its configuration where it only copies bytes, a connection for a connection.
+pub fn floor(end: &End<'_>) -> String {
+    format!(
+        "global
+  nbthread {WORKERS}
+  maxconn 4500
+defaults
+  mode tcp
+  timeout connect 5s
+  timeout client 1h
+  timeout server 1h
+frontend in
+  bind {listen}
+  default_backend out
+backend out
+  server next {next}
+",
+        listen = end.listen,
+        next = end.next,
     )
 }

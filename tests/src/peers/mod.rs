@@ -39,6 +39,10 @@ const DESTINATION_NAME: &str = "destination.bench.internal";
 pub enum Peer {
     /// HAProxy, HTTP on both sides.
     Haproxy,
+    /// HAProxy again, bytes and no TLS: what two hops cost that do nothing.
+    Floor,
+    /// HAProxy as one such hop between two pods of one node.
+    Hop,
     /// nginx's stream module: bytes.
     Nginx,
     /// Envoy, HTTP on both sides.
@@ -47,12 +51,14 @@ pub enum Peer {
 
 impl Peer {
     /// All of them.
-    pub const ALL: &'static [Peer] = &[Peer::Haproxy, Peer::Nginx, Peer::Envoy];
+    pub const ALL: &'static [Peer] = &[Peer::Haproxy, Peer::Floor, Peer::Hop, Peer::Nginx, Peer::Envoy];
 
     /// Its name on the command line and in reports.
     pub const fn name(self) -> &'static str {
         match self {
             Peer::Haproxy => "haproxy",
+            Peer::Floor => "floor",
+            Peer::Hop => "hop",
             Peer::Nginx => "nginx",
             Peer::Envoy => "envoy",
         }
@@ -62,6 +68,8 @@ impl Peer {
     pub const fn layer(self) -> &'static str {
         match self {
             Peer::Haproxy | Peer::Envoy => "L7 mTLS",
+            Peer::Floor => "two HAProxy hops, L4 without TLS",
+            Peer::Hop => "one HAProxy hop, L4 without TLS",
             Peer::Nginx => "L4 mTLS",
         }
     }
@@ -72,7 +80,14 @@ impl Peer {
             Peer::Haproxy => 15101,
             Peer::Nginx => 15201,
             Peer::Envoy => 15301,
+            Peer::Floor => 15401,
+            Peer::Hop => 15501,
         }
+    }
+
+    /// Whether its two ends are on one node, and one program is both.
+    pub const fn is_one(self) -> bool {
+        matches!(self, Peer::Hop)
     }
 
     /// Its version, or why it cannot run. `programs` is searched before the usual places.
@@ -94,14 +109,17 @@ impl Peer {
         Ok(match self {
             // "HAProxy version 2.6.12-1 2023/01/01 - https://…", "nginx version: nginx/1.22.1",
             // "/…/envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL"
-            Peer::Haproxy => line.split_whitespace().nth(2).unwrap_or(line).into(),
+            Peer::Haproxy | Peer::Floor | Peer::Hop => line.split_whitespace().nth(2).unwrap_or(line).into(),
             Peer::Nginx => line.rsplit('/').next().unwrap_or(line).into(),
             Peer::Envoy => line.split('/').rev().nth(3).unwrap_or(line).into(),
         })
     }
 
     fn program(self, programs: &Path) -> Result<PathBuf> {
-        let name = self.name();
+        let name = match self {
+            Peer::Floor | Peer::Hop => "haproxy",
+            other => other.name(),
+        };
         let envoy = programs.join("envoy/envoy/_bin");
         let places = [
             programs,
@@ -180,7 +198,13 @@ impl Pair {
                 DESTINATION_NAME,
             ),
         ];
-        for (side, pod, listen, next, own, other) in ends {
+        for (side, pod, listen, mut next, own, other) in ends {
+            if peer.is_one() {
+                if side == "destination" {
+                    continue;
+                }
+                next = SocketAddr::new(lab.pod_ip(destination)?, port);
+            }
             let directory = lab.directory().join(format!("peer-{}-{side}", peer.name()));
             fs::create_dir_all(&directory)?;
             let end = End {
@@ -194,6 +218,7 @@ impl Pair {
             };
             let (file, text) = match peer {
                 Peer::Haproxy => ("haproxy.cfg", haproxy::configuration(&end)),
+                Peer::Floor | Peer::Hop => ("haproxy.cfg", haproxy::floor(&end)),
                 Peer::Nginx => ("nginx.conf", nginx::configuration(&end)?),
                 Peer::Envoy => ("envoy.yaml", envoy::configuration(&end)),
             };
@@ -208,7 +233,7 @@ impl Pair {
             ];
             let file = file.display().to_string();
             argv.extend(match peer {
-                Peer::Haproxy => vec!["-f".into(), file],
+                Peer::Haproxy | Peer::Floor | Peer::Hop => vec!["-f".into(), file],
                 Peer::Nginx => vec!["-c".into(), file],
                 Peer::Envoy => envoy::arguments(file, end.source),
             });

@@ -39,7 +39,8 @@ pub fn run(lab: &Lab, options: &Options, ours: &[&Ours], peers: &[Peer], works: 
     let credentials = Credentials::create(&lab.directory().join("peers"))?;
     for peer in peers {
         let started = peer.version(&programs).and_then(|version| {
-            let ends = ("direct/source", "direct/cross", HTTP_PORT);
+            let destination = if peer.is_one() { "direct/same" } else { "direct/cross" };
+            let ends = ("direct/source", destination, HTTP_PORT);
             Ok((version, Pair::start(*peer, lab, &programs, &credentials, ends)?))
         });
         match started {

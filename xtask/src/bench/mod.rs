@@ -37,7 +37,8 @@ pub struct Options {
     /// Only these of our systems: l7, l4, same-l7, same-l4.
     #[arg(long, value_delimiter = ',')]
     systems: Vec<String>,
-    /// Other proxies in the same rounds: all, none, or names of haproxy, nginx, envoy.
+    /// Other proxies in the same rounds: all, none, or names of haproxy, floor (two HAProxy hops that only copy
+    /// bytes), hop (one), nginx, envoy.
     #[arg(long, value_delimiter = ',', default_value = "all")]
     peers: Vec<String>,
     /// Only these works: quiet, steady, full, new, bulk, idle.
@@ -64,6 +65,9 @@ pub struct Options {
     /// Writes the counted instructions to benches/instructions.json.
     #[arg(long, requires = "instructions")]
     update: bool,
+    /// A flag for the agents, such as --agent=--workers=1; may be given several times.
+    #[arg(long = "agent", value_name = "FLAG", allow_hyphen_values = true)]
+    agent: Vec<String>,
     /// The lab's name.
     #[arg(long, default_value = "bench")]
     name: String,
@@ -99,7 +103,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let base = options.compare.as_deref().map(report::read).transpose()?;
     let ours = systems::wanted(&options.systems)?;
     let works = work::wanted(&options.works)?;
-    let lab = lab(&options.name, &[])?;
+    let lab = lab(
+        &options.name,
+        &options.agent.iter().map(String::as_str).collect::<Vec<_>>(),
+    )?;
     let report = measure::run(&lab, options, &ours, &peers, &works)?;
     lab.down()?;
     report::print(&report);

@@ -27,7 +27,7 @@ pub fn wanted(names: &[String]) -> Result<Vec<Peer>> {
             "all" => found.extend(Peer::ALL),
             name => match Peer::ALL.iter().find(|peer| peer.name() == name) {
                 Some(peer) => found.push(*peer),
-                None => bail!("--peers {name}: expected all, none, haproxy, nginx or envoy"),
+                None => bail!("--peers {name}: expected all, none, haproxy, floor, hop, nginx or envoy"),
             },
         }
     }
@@ -42,7 +42,7 @@ pub fn install(peers: &[Peer]) {
             continue;
         }
         let done = match peer {
-            Peer::Haproxy => setup::install(&["haproxy"]),
+            Peer::Haproxy | Peer::Floor | Peer::Hop => setup::install(&["haproxy"]),
             Peer::Nginx => setup::install(&["nginx-light", "libnginx-mod-stream"]),
             Peer::Envoy => install_envoy(&directory().join("envoy")),
         };

@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Result, ensure};
-use mesh_tests::{Lab, mesh, peers::Pair};
+use mesh_tests::{
+    Lab, mesh,
+    peers::{Pair, Peer},
+};
 
 /// The source's pod in the mesh, and outside of it.
 const MESH_SOURCE: &str = "mesh/source";
@@ -93,7 +96,7 @@ pub fn prepare(lab: &Lab, ours: &[&Ours], pairs: &[Pair]) -> Result<Vec<System>>
         (CROSS, "direct, cross node", "direct/cross"),
         (SAME, "direct, same node", "direct/same"),
     ] {
-        let needed = ours.iter().any(|ours| ours.base == name) || (name == CROSS && !pairs.is_empty());
+        let needed = ours.iter().any(|ours| ours.base == name) || pairs.iter().any(|pair| base(pair.peer) == name);
         if needed {
             systems.push(System {
                 name: name.into(),
@@ -125,8 +128,8 @@ pub fn prepare(lab: &Lab, ours: &[&Ours], pairs: &[Pair]) -> Result<Vec<System>>
     for pair in pairs {
         systems.push(System {
             name: pair.peer.name().into(),
-            title: format!("{} pair, {}", pair.peer.name(), pair.peer.layer()),
-            base: Some(CROSS.into()),
+            title: title(pair.peer),
+            base: Some(base(pair.peer).into()),
             source: DIRECT_SOURCE,
             address: pair.address,
             cgroups: pair.cgroups.clone(),
@@ -134,6 +137,19 @@ pub fn prepare(lab: &Lab, ours: &[&Ours], pairs: &[Pair]) -> Result<Vec<System>>
         });
     }
     Ok(systems)
+}
+
+/// What another proxy is compared with.
+fn base(peer: Peer) -> &'static str {
+    if peer.is_one() { SAME } else { CROSS }
+}
+
+/// What a report calls it.
+fn title(peer: Peer) -> String {
+    match peer {
+        Peer::Floor | Peer::Hop => format!("floor: {}", peer.layer()),
+        _ => format!("{} pair, {}", peer.name(), peer.layer()),
+    }
 }
 
 /// In and out of the mesh: a source on node-1, a server on each node; policy for every Service in the mesh.
