@@ -26,6 +26,8 @@ use crate::{
 /// cluster's, on which the controller depends.
 const TRUSTED_NAMESPACES: [&str; 2] = ["kube-system", "nodemesh-system"];
 
+/// Where an agent keeps what outlives a restart, unless it is told.
+pub const STATE_DIR: &str = "/var/lib/nodemesh/agent";
 /// The most data workers.
 pub const WORKERS_MAX: usize = 256;
 
@@ -189,7 +191,7 @@ pub struct ConfigFlags {
     /// The trust domain of all identities [default: cluster.local]
     #[arg(long, value_name = "DOMAIN")]
     pub trust_domain: Option<String>,
-    /// What outlives a restart [default: /var/lib/nodemesh]
+    /// What outlives a restart [default: /var/lib/nodemesh/agent]
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// Data workers [default: one per core]
@@ -289,6 +291,11 @@ impl AgentConfig {
     pub fn pin_dir(&self) -> PathBuf {
         pin_dir(&self.kernel.pin_root, &self.kernel.instance)
     }
+}
+
+/// The instance of a node that names none: its pins are in a directory of a bpffs, where no name has a dot.
+pub fn instance_of(node: &str) -> String {
+    node.replace('.', "_")
 }
 
 /// The directory of an instance's pins.
@@ -453,7 +460,7 @@ fn read(document: Mapping, problems: &mut Vec<ConfigProblem>) -> Option<AgentCon
     {
         top.problem("node", error.to_string());
     }
-    let state_dir = top.or("stateDir", PathBuf::from("/var/lib/nodemesh"));
+    let state_dir = top.or("stateDir", PathBuf::from(STATE_DIR));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = top.bounded("workers", cores.min(WORKERS_MAX), 1, WORKERS_MAX);
     let controller = read_controller(top.section("controller"));
@@ -578,7 +585,7 @@ fn read_kernel(mut section: Section<'_>, node: Option<&str>, keeper: bool) -> Ke
         ),
         pin_root: section.or("pinRoot", PathBuf::from("/sys/fs/bpf/nodemesh")),
         // A node's name may have dots, and no underscore.
-        instance: section.or("instance", node.unwrap_or_default().replace('.', "_")),
+        instance: section.or("instance", instance_of(node.unwrap_or_default())),
         fail_mode,
         debug: section.or("debug", false),
     };

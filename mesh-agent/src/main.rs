@@ -10,7 +10,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use mesh_agent::{
-    config::{AgentConfig, ConfigFlags, LogConfig},
+    config::{AgentConfig, ConfigFlags, LogConfig, STATE_DIR, instance_of},
     event::LogFormat,
     kernel::Kernel,
 };
@@ -55,9 +55,12 @@ enum Command {
         /// The bpffs directory of all instances
         #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/nodemesh")]
         pin_root: PathBuf,
-        /// The directory of sockets and state; it is emptied
+        /// The directory of sockets; it is emptied
         #[arg(long, value_name = "DIR", default_value = "/run/nodemesh")]
         run_dir: PathBuf,
+        /// The directory of what outlives a restart; it is removed
+        #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
+        state_dir: PathBuf,
         /// Stay until SIGTERM, so that a DaemonSet can tell which nodes are clean
         #[arg(long)]
         stay: bool,
@@ -91,8 +94,9 @@ fn main() -> ExitCode {
             instance,
             pin_root,
             run_dir,
+            state_dir,
             stay,
-        } => finish(uninstall(&pin_root, &instance, &run_dir, stay)),
+        } => finish(uninstall(&pin_root, &instance, &run_dir, &state_dir, stay)),
         Command::Detach { instance, pin_root } => finish(detach(&pin_root, &instance)),
         Command::Version => {
             println!(
@@ -152,7 +156,7 @@ fn probe(what: &str, socket: &Path) -> anyhow::Result<()> {
 }
 
 /// Removes the pins of an instance and the files of the node, and makes sure that both are gone.
-fn uninstall(pin_root: &Path, instance: &str, run_dir: &Path, stay: bool) -> anyhow::Result<()> {
+fn uninstall(pin_root: &Path, instance: &str, run_dir: &Path, state_dir: &Path, stay: bool) -> anyhow::Result<()> {
     detach(pin_root, instance)?;
     // Others may keep pins here; ours are gone. The directory is nobody's when it is empty.
     let _ = fs::remove_dir(pin_root);
@@ -170,6 +174,12 @@ fn uninstall(pin_root: &Path, instance: &str, run_dir: &Path, stay: bool) -> any
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => anyhow::bail!("{}: {error}", run_dir.display()),
+    }
+    // Its keys are the node's and its pods': nothing of it stays.
+    match fs::remove_dir_all(state_dir) {
+        Ok(()) => println!("removed {}", state_dir.display()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => anyhow::bail!("{}: {error}", state_dir.display()),
     }
     println!("the node is clean");
     if stay {
@@ -190,7 +200,8 @@ fn uninstall(pin_root: &Path, instance: &str, run_dir: &Path, stay: bool) -> any
 
 /// Removes the pins of an instance, of every ABI version that is there.
 fn detach(pin_root: &Path, instance: &str) -> anyhow::Result<()> {
-    let prefix = format!("{instance}-v");
+    // As the agent that pinned them named it, also for a node with dots in its name.
+    let prefix = format!("{}-v", instance_of(instance));
     let entries = match fs::read_dir(pin_root) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -211,7 +222,49 @@ fn detach(pin_root: &Path, instance: &str) -> anyhow::Result<()> {
         }
     }
     if removed == 0 {
-        println!("nothing of instance {instance} is pinned under {}", pin_root.display());
+        println!("nothing of {instance} is pinned under {}", pin_root.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn uninstalling_takes_the_nodes_own_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let path = |name: &str| root.path().join(name);
+        let directories = [
+            "pins/ip-10-0-0-1_example_org-v2",
+            "pins/ip-10-0-0-1_example_org-v3",
+            "pins/ip-10-0-0-1_example_org-vX",
+            "pins/other-v3",
+            "run/state/credentials",
+            "lib/agent/credentials",
+            "lib/controller",
+        ];
+        for name in directories {
+            fs::create_dir_all(path(name)).unwrap();
+        }
+        fs::write(path("run/keeper.sock"), "").unwrap();
+        fs::write(path("lib/agent/credentials/key"), "").unwrap();
+        // Nothing is left for the second time, which is as good.
+        for _ in 0..2 {
+            let node = "ip-10-0-0-1.example.org";
+            uninstall(&path("pins"), node, &path("run"), &path("lib/agent"), false).unwrap();
+            assert_eq!(names(&path("pins")), ["ip-10-0-0-1_example_org-vX", "other-v3"]);
+            assert_eq!(names(&path("run")), [""; 0]);
+            assert_eq!(names(&path("lib")), ["controller"]);
+        }
+    }
 }
