@@ -124,6 +124,12 @@ fn own_objects() -> Result<Vec<Object>, Failure> {
     crate::kubernetes::objects::read("the controller's own objects", &text)
 }
 
+/// The image of a container.
+fn image_of(set: &DaemonSet, container: &str) -> Option<String> {
+    let pod = set.spec.as_ref()?.template.spec.as_ref()?;
+    pod.containers.iter().find(|c| c.name == container)?.image.clone()
+}
+
 /// Ends the agents and sweeps the nodes.
 async fn sweep(args: &UninstallArgs, cluster: &Cluster) -> Result<(), Failure> {
     let sets: Api<DaemonSet> = Api::namespaced(cluster.client.clone(), ROOT_NAMESPACE);
@@ -132,11 +138,12 @@ async fn sweep(args: &UninstallArgs, cluster: &Cluster) -> Result<(), Failure> {
         let text = set.metadata.annotations.as_ref()?.get(SETTINGS_ANNOTATION)?;
         serde_json::from_str::<Settings>(text).ok()
     });
-    // The sweep's image is the one that the nodes have already, whoever installed it.
-    let image = agent.as_ref().and_then(|set| {
-        let pod = set.spec.as_ref()?.template.spec.as_ref()?;
-        pod.containers.iter().find(|c| c.name == "agent")?.image.clone()
-    });
+    // The sweep's image is the one that the nodes have already, whoever installed it. If an earlier sweep did not
+    // succeed, only that one still tells.
+    let image = match &agent {
+        Some(set) => image_of(set, "agent"),
+        None => sets.get_opt(CLEANUP).await?.and_then(|set| image_of(&set, "done")),
+    };
     if agent.is_some() {
         end_agents(args, cluster, &sets).await?;
     }
