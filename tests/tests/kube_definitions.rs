@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::{
-    cluster::Cluster,
+    cluster::{Cluster, Scope},
     mesh::find_programs,
     process::{self, Output},
 };
@@ -57,19 +57,12 @@ fn server_says(cluster: &Cluster, yaml: &str) -> Result<Output> {
     process::with_input(cluster.kubectl_command(&arguments), yaml)
 }
 
-fn namespaces(cluster: &Cluster) -> Result<()> {
-    let mut yaml = String::new();
-    for name in ["shop", "web", "batch", "bank"] {
-        yaml += &format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n");
-    }
-    cluster.apply(&yaml)?;
-    Ok(())
-}
-
 #[test]
 fn the_api_server_takes_every_document_that_is_shown() -> Result<()> {
     let cluster = Cluster::shared()?;
-    namespaces(&cluster)?;
+    // Those of the documents: the API server checks nothing for a namespace that is not there.
+    let scopes = ["shop", "web", "batch", "bank"].map(|name| Scope::new(&cluster, name, ""));
+    let _scopes = scopes.into_iter().collect::<Result<Vec<_>>>()?;
     let shown = shown()?;
     ensure!(shown.len() > 10, "only {} documents were found", shown.len());
     let served = |kind: &str, version: &str| {
@@ -219,13 +212,14 @@ const WRONG: &[(&str, &str, bool)] = &[
 #[test]
 fn what_is_wrong_is_refused_by_the_api_server_or_before_it() -> Result<()> {
     let cluster = Cluster::shared()?;
-    namespaces(&cluster)?;
+    let scope = Scope::new(&cluster, "kube-wrong", "")?;
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("wrong.yaml");
     let mut taken = Vec::new();
     for (kind, spec, by_server) in WRONG {
         let yaml = format!(
-            "apiVersion: nodemesh.io/v1alpha1\nkind: {kind}\nmetadata: {{name: wrong, namespace: shop}}\nspec: {spec}\n"
+            "apiVersion: nodemesh.io/v1alpha1\nkind: {kind}\nmetadata: {{name: wrong, namespace: {}}}\nspec: {spec}\n",
+            scope.namespace()
         );
         let server = server_says(&cluster, &yaml)?.code() != 0;
         if server != *by_server {
