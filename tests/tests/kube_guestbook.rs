@@ -3,6 +3,12 @@
 //!
 //! nginx (C) asks the guestbook (Python), which asks redis (C), the news (Go) and the clock (Rust) for each page.
 
+use std::{
+    sync::mpsc::{self, RecvTimeoutError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
 use anyhow::{Context, Result};
 use mesh_tests::cluster::{Cluster, SYSTEM, Scope, load};
 
@@ -67,6 +73,73 @@ data:
     }
 "#;
 
+/// A condition of pods that somebody else sets, as controllers of load balancers do; a pod whose spec names it is not
+/// ready without.
+const GATE: &str = "example.org/in-rotation";
+/// The part of the application whose pods have it.
+const GATED: &str = "guestbook";
+
+/// Opens the gates of pods when their containers are ready, until this value goes.
+struct Gatekeeper {
+    stop: mpsc::Sender<()>,
+    running: Option<JoinHandle<()>>,
+}
+
+impl Gatekeeper {
+    fn start(cluster: &Cluster, namespace: &str) -> Gatekeeper {
+        let (stop, stopped) = mpsc::channel();
+        let (cluster, namespace) = (cluster.clone(), namespace.to_string());
+        let running = std::thread::spawn(move || {
+            // One look in a second: each gate stays shut for a while.
+            while stopped.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
+                if let Err(error) = open_gates(&cluster, &namespace) {
+                    eprintln!("the gates stay as they are for now: {error:#}");
+                }
+            }
+        });
+        Gatekeeper {
+            stop,
+            running: Some(running),
+        }
+    }
+}
+
+impl Drop for Gatekeeper {
+    fn drop(&mut self) {
+        // A thread that has ended hears nothing.
+        let _ = self.stop.send(());
+        let _ = self.running.take().map(JoinHandle::join);
+    }
+}
+
+fn open_gates(cluster: &Cluster, namespace: &str) -> Result<()> {
+    for pod in cluster.list(namespace, "pods", &format!("app={GATED}"))? {
+        let conditions = pod["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let holds = |kind: &str| {
+            conditions
+                .iter()
+                .any(|each| each["type"] == kind && each["status"] == "True")
+        };
+        if !holds("ContainersReady") || holds(GATE) {
+            continue;
+        }
+        let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
+        let patch = format!(r#"{{"status": {{"conditions": [{{"type": "{GATE}", "status": "True"}}]}}}}"#);
+        let words = [
+            "patch",
+            "pod",
+            name,
+            "-n",
+            namespace,
+            "--subresource=status",
+            "-p",
+            &patch,
+        ];
+        cluster.kubectl(&words)?;
+    }
+    Ok(())
+}
+
 /// A part of the application: a Deployment with a Service of the same name.
 struct Part {
     name: &'static str,
@@ -129,6 +202,10 @@ fn manifest(part: &Part) -> String {
         command,
         probe,
     } = part;
+    let gate = match *name == GATED {
+        true => format!("\n      readinessGates: [{{conditionType: {GATE}}}]"),
+        false => String::new(),
+    };
     format!(
         r#"
 ---
@@ -141,7 +218,7 @@ spec:
   strategy: {{rollingUpdate: {{maxSurge: 1, maxUnavailable: 0}}}}
   template:
     metadata: {{labels: {{app: {name}}}}}
-    spec:
+    spec:{gate}
       topologySpreadConstraints:
       - {{maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: ScheduleAnyway, labelSelector: {{matchLabels: {{app: {name}}}}}}}
       terminationGracePeriodSeconds: 8
@@ -232,6 +309,7 @@ fn no_request_fails_on_the_way_into_the_mesh_and_out_of_it() -> Result<()> {
     let scope = Scope::new(&Cluster::shared()?, "kube-guestbook", "")?;
     let parts: String = PARTS.iter().map(manifest).collect();
     scope.apply(&[CONFIGURATION, &parts, load::POD].concat())?;
+    let _gatekeeper = Gatekeeper::start(&scope, scope.namespace());
     for part in &PARTS {
         scope.rolled_out(scope.namespace(), &format!("deployment/{}", part.name))?;
     }
