@@ -685,6 +685,61 @@ fn report() -> impl Strategy<Value = Report> {
     ]
 }
 
+/// The messages within messages, as `proto/mesh.proto` has them.
+fn inner(message: &str, tag: u32) -> Option<&'static str> {
+    Some(match (message, tag) {
+        ("ControllerMessage", 1) => "Snapshot",
+        ("ControllerMessage", 2) => "Delta",
+        ("Snapshot" | "Delta", 3) => "Resource",
+        ("Snapshot", 4) | ("Delta", 5) => "TrustBundle",
+        ("Delta", 4) => "ResourceKey",
+        ("Resource", 1) => "Workload",
+        ("Resource", 2) => "Service",
+        ("Resource", 3) => "PolicyDocument",
+        ("Workload", 13) => "WorkloadPort",
+        ("Service", 4) => "ServicePort",
+        ("Service", 8) => "EndpointGroup",
+        ("EndpointGroup", 1) => "EndpointPort",
+        ("EndpointGroup", 2) => "ServiceEndpoint",
+        ("AgentMessage", 1) => "Hello",
+        ("AgentMessage", 2) => "Ack",
+        ("AgentMessage", 3) => "Nack",
+        ("AgentMessage", 4) => "AgentStatus",
+        ("AgentStatus", 1) => "PodStatus",
+        ("AgentStatus", 2) => "CertificateStatus",
+        _ => return None,
+    })
+}
+
+/// The bytes of a message as a later version might send them: with fields in it and in every message within it that
+/// this version does not know.
+fn as_a_later_version(message: &str, mut bytes: &[u8]) -> Vec<u8> {
+    use prost::encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint};
+    let mut later = Vec::new();
+    prost::encoding::uint64::encode(3000, &7, &mut later);
+    prost::encoding::string::encode(3001, &"later".to_owned(), &mut later);
+    prost::encoding::fixed64::encode(3002, &7, &mut later);
+    while !bytes.is_empty() {
+        let (tag, kind) = decode_key(&mut bytes).unwrap();
+        encode_key(tag, kind, &mut later);
+        let number = decode_varint(&mut bytes).unwrap();
+        if kind == WireType::Varint {
+            encode_varint(number, &mut later);
+            continue;
+        }
+        assert_eq!(kind, WireType::LengthDelimited, "field {tag} of {message}");
+        let (content, rest) = bytes.split_at(usize::try_from(number).unwrap());
+        bytes = rest;
+        let content = match inner(message, tag) {
+            Some(inner) => as_a_later_version(inner, content),
+            None => content.to_vec(),
+        };
+        encode_varint(content.len() as u64, &mut later);
+        later.extend(content);
+    }
+    later
+}
+
 /// YAML's own punctuation, so that some of it parses.
 fn yaml_like() -> impl Strategy<Value = String> {
     let token = prop_oneof![
@@ -774,6 +829,9 @@ proptest! {
         let message = control::ControllerMessage::from(&update);
         let bytes = prost::Message::encode_to_vec(&message);
         let message: control::ControllerMessage = prost::Message::decode(bytes.as_slice()).unwrap();
+        prop_assert_eq!(Update::try_from(message).unwrap(), update.clone());
+        let later = as_a_later_version("ControllerMessage", &bytes);
+        let message: control::ControllerMessage = prost::Message::decode(later.as_slice()).unwrap();
         prop_assert_eq!(Update::try_from(message).unwrap(), update);
     }
 
@@ -782,6 +840,9 @@ proptest! {
         let message = control::AgentMessage::from(report.clone());
         let bytes = prost::Message::encode_to_vec(&message);
         let message: control::AgentMessage = prost::Message::decode(bytes.as_slice()).unwrap();
+        prop_assert_eq!(Report::try_from(message).unwrap(), report.clone());
+        let later = as_a_later_version("AgentMessage", &bytes);
+        let message: control::AgentMessage = prost::Message::decode(later.as_slice()).unwrap();
         prop_assert_eq!(Report::try_from(message).unwrap(), report);
     }
 

@@ -539,22 +539,26 @@ async fn receive(open: &mut Option<Open>, trust_domain: &TrustDomain) -> Input {
     let Some(stream) = open else {
         return std::future::pending().await;
     };
-    let message = match stream.incoming.message().await {
-        Ok(Some(message)) => message,
-        Ok(None) => {
-            return Input::Lost {
-                reason: "the controller ended the stream".to_owned(),
-            };
-        }
-        Err(status) if status.code() == tonic::Code::Aborted => {
-            return Input::Replaced {
-                reason: status.message().to_owned(),
-            };
-        }
-        Err(status) => {
-            return Input::Lost {
-                reason: format!("{}: {}", status.code().description(), status.message()),
-            };
+    let message = loop {
+        match stream.incoming.message().await {
+            // A newer controller's; an answer to what it did not ask for would cost the stream.
+            Ok(Some(message)) if message.is_unknown() => {}
+            Ok(Some(message)) => break message,
+            Ok(None) => {
+                return Input::Lost {
+                    reason: "the controller ended the stream".to_owned(),
+                };
+            }
+            Err(status) if status.code() == tonic::Code::Aborted => {
+                return Input::Replaced {
+                    reason: status.message().to_owned(),
+                };
+            }
+            Err(status) => {
+                return Input::Lost {
+                    reason: format!("{}: {}", status.code().description(), status.message()),
+                };
+            }
         }
     };
     let revision = message.revision();

@@ -382,9 +382,11 @@ async fn joins_syncs_survives_a_restart_of_either_side_and_signs() {
                 }
                 other => panic!("{other:?} instead of a nack"),
             }
-            outgoing.send(Ok(ControllerMessage { message: None })).await.unwrap();
-            assert!(matches!(controller.said().await, Report::Nack { .. }));
             assert_eq!(names(&views), ["a"]);
+            // A kind of message that only a newer controller knows gets no answer: the next one is to what follows it.
+            outgoing.send(Ok(ControllerMessage { message: None })).await.unwrap();
+            outgoing.send(Ok(controller.snapshot(4, &["a"]))).await.unwrap();
+            assert_eq!(controller.said().await, Report::Ack(Revision(4)));
 
             let csr = super::node::Pending::new(&id("cart")).unwrap().csr;
             let ask = |identity: SpiffeId| SigningRequest {

@@ -83,19 +83,17 @@ fn protocol_to_wire(protocol: AppProtocol) -> i32 {
     protocol.into()
 }
 
-fn protocol_from_wire(value: i32) -> Result<AppProtocol, WireError> {
-    let protocol = pb::AppProtocol::try_from(value).map_err(|_| WireError::UnknownValue {
-        field: "protocol",
-        value,
-    })?;
-    Ok(match protocol {
+/// A protocol that only a newer controller knows is as good as none said: what passes is looked at, and judged by that.
+fn protocol_from_wire(value: i32) -> AppProtocol {
+    let protocol = pb::AppProtocol::try_from(value).unwrap_or(pb::AppProtocol::Detect);
+    match protocol {
         pb::AppProtocol::Detect => AppProtocol::Detect,
         pb::AppProtocol::Http1 => AppProtocol::Http1,
         pb::AppProtocol::Http2 => AppProtocol::Http2,
         pb::AppProtocol::Grpc => AppProtocol::Grpc,
         pb::AppProtocol::Tls => AppProtocol::Tls,
         pb::AppProtocol::Tcp => AppProtocol::Tcp,
-    })
+    }
 }
 
 impl From<&Workload> for pb::Workload {
@@ -147,7 +145,7 @@ impl TryFrom<pb::Workload> for Workload {
             Ok(WorkloadPort {
                 name: named.name.into(),
                 port: port(named.port)?,
-                protocol: protocol_from_wire(named.protocol)?,
+                protocol: protocol_from_wire(named.protocol),
             })
         });
         Ok(Workload {
@@ -282,7 +280,7 @@ impl TryFrom<pb::Service> for Service {
                     Target::TargetNumber(number) => TargetPort::Number(port(number)?),
                     Target::TargetName(name) => TargetPort::Name(name.into()),
                 },
-                protocol: protocol_from_wire(received.protocol)?,
+                protocol: protocol_from_wire(received.protocol),
                 node_port: (received.node_port > 0).then(|| port(received.node_port)).transpose()?,
             })
         });

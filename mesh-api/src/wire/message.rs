@@ -163,7 +163,19 @@ fn resources(received: Vec<pb::Resource>) -> Result<Vec<Resource>, WireError> {
     received.into_iter().map(Resource::try_from).collect()
 }
 
+/// What is gone. A kind that only a newer controller knows was never held: there is nothing to remove.
+fn removed(received: Vec<pb::ResourceKey>) -> Result<Vec<ResourceKey>, WireError> {
+    let keys = received.into_iter().map(ResourceKey::try_from);
+    keys.filter(|key| !matches!(key, Err(WireError::Kind(_)))).collect()
+}
+
 impl pb::ControllerMessage {
+    /// It is of a kind that only a newer controller knows, and is passed over: what an agent must obey is in snapshots
+    /// and deltas.
+    pub fn is_unknown(&self) -> bool {
+        self.message.is_none()
+    }
+
     /// The revision that the message would lead to; 0 if it says none. Read before the conversion, so that a message
     /// which does not convert can be nacked by its number.
     pub fn revision(&self) -> Revision {
@@ -195,11 +207,7 @@ impl TryFrom<pb::ControllerMessage> for Update {
                 from: Revision(delta.from),
                 to: Revision(delta.to),
                 upserts: resources(delta.upserts)?,
-                removed: delta
-                    .removed
-                    .into_iter()
-                    .map(ResourceKey::try_from)
-                    .collect::<Result<_, _>>()?,
+                removed: removed(delta.removed)?,
                 trust_roots: delta.trust_bundle.map(Into::into),
             }),
         }
@@ -232,6 +240,13 @@ impl From<Report> for pb::AgentMessage {
             }),
         };
         pb::AgentMessage { message: Some(message) }
+    }
+}
+
+impl pb::AgentMessage {
+    /// It is of a kind that only a newer agent knows, and is passed over.
+    pub fn is_unknown(&self) -> bool {
+        self.message.is_none()
     }
 }
 

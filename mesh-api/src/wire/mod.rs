@@ -6,6 +6,8 @@
 
 mod convert;
 mod message;
+#[cfg(test)]
+mod tests;
 
 use crate::identity::IdentityError;
 

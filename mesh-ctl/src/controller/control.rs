@@ -287,6 +287,8 @@ impl AgentStream {
             tokio::select! {
                 message = self.incoming.message() => match message? {
                     None => return Ok(()),
+                    // A newer agent's.
+                    Some(message) if message.is_unknown() => {}
                     Some(message) => handle(&session, &mut state, message)?,
                 },
                 _ = published.changed() => {}

@@ -41,6 +41,8 @@ async fn a_snapshot_then_deltas_each_answered() {
     let mut agent = Agent::connect(&controller, "node-1", 0).await;
     let (revision, resources) = snapshot_of(agent.take().await);
     assert_eq!((revision, resources.len()), (1, 3));
+    // A newer agent may say more than this controller knows; everything goes on.
+    agent.say_the_unknown().await;
 
     // Its own pods' namespaces and probes are told to a node, nobody else's.
     let (own, other) = (

@@ -353,6 +353,11 @@ impl Agent {
         self.sender.send(report.into()).await.unwrap();
     }
 
+    /// A kind of message that only a newer agent knows.
+    pub async fn say_the_unknown(&self) {
+        self.sender.send(AgentMessage { message: None }).await.unwrap();
+    }
+
     pub async fn ack(&self, revision: u64) {
         self.say(Report::Ack(Revision(revision))).await;
     }
