@@ -25,6 +25,8 @@ use crate::{
 
 /// The version that the cluster's programs are built from and report; `tests/kube/kubebin/go.mod` says the same.
 const KUBERNETES: &str = "1.35.4";
+/// The version of the Prometheus Operator whose definitions the manifests for it are checked against.
+const PROMETHEUS_OPERATOR: &str = "v0.85.0";
 /// The oldest Go that builds them.
 const GO_MINOR_MIN: u32 = 26;
 /// The programs in the one binary.
@@ -340,8 +342,11 @@ pub fn build() -> Result<()> {
         let output = bin.join(format!("echo-{name}"));
         go("echoapp", &["build", "-ldflags", "-s -w", "-o"], &output, &package)?;
     }
-    go("conformance", &["test", "-c", "-o"], &bin.join("conformance.test"), ".")?;
+    for name in ["conformance", "monitoring"] {
+        go(name, &["test", "-c", "-o"], &bin.join(format!("{name}.test")), ".")?;
+    }
     definitions(&cache)?;
+    operator_definitions(&cache)?;
     pause_image(&bin, &images)?;
     echo_image(&bin, &images, &cache)?;
     println!(
@@ -409,6 +414,27 @@ fn definitions(cache: &Path) -> Result<()> {
                 fs::write(target.join(&name), fs::read(&source)?)?;
             }
         }
+    }
+    Ok(())
+}
+
+/// The Prometheus Operator's definitions, of those of its kinds that the manifests have.
+fn operator_definitions(cache: &Path) -> Result<()> {
+    let module = format!("github.com/prometheus-operator/prometheus-operator@{PROMETHEUS_OPERATOR}");
+    let said = shell::read(go_command("monitoring").args(["mod", "download", "-json", &module]))?;
+    let said: serde_json::Value = serde_json::from_str(&said).context("what go mod download says")?;
+    let directory = said["Dir"]
+        .as_str()
+        .with_context(|| format!("{module} was not downloaded"))?;
+    let target = cache.join("prometheus-operator");
+    fs::create_dir_all(&target)?;
+    for kind in ["servicemonitors", "prometheusrules"] {
+        let name = format!("monitoring.coreos.com_{kind}.yaml");
+        let source = Path::new(directory).join("example/prometheus-operator-crd").join(&name);
+        fs::write(
+            target.join(&name),
+            fs::read(&source).with_context(|| format!("read {}", source.display()))?,
+        )?;
     }
     Ok(())
 }

@@ -83,6 +83,14 @@ impl Cluster {
         self.state.join("admin.conf")
     }
 
+    /// Where the programs and definitions lie that `cargo xtask kube build` made.
+    pub fn cache(&self) -> PathBuf {
+        let bin = self.state.join("bin");
+        // The state has a link to them.
+        let bin = fs::canonicalize(&bin).unwrap_or(bin);
+        bin.parent().unwrap_or(&bin).to_path_buf()
+    }
+
     /// The network namespace of the control plane, or of node `n`.
     pub fn netns(&self, node: Option<usize>) -> String {
         match node {
