@@ -41,7 +41,8 @@ pub struct PathConfig {
     pub handshake_timeout: Duration,
     /// Time for a TCP connection to a destination without a timeout of its own.
     pub dial_timeout: Duration,
-    /// How long a connection waits for what is just being brought: a view that knows the peer, a credential.
+    /// How long a connection waits for what is just being brought: a view that knows the peer, a credential. A new
+    /// pod's address comes from its kubelet, which tells it a second or more after the pod's first container has begun.
     pub view_patience: Duration,
     /// How long an opaque flow may stay without a byte; `None`: as long as it likes.
     pub idle_timeout: Option<Duration>,
@@ -54,7 +55,7 @@ impl Default for PathConfig {
             silence: Duration::from_millis(100),
             handshake_timeout: Duration::from_secs(10),
             dial_timeout: crate::net::DIAL_TIMEOUT,
-            view_patience: Duration::from_secs(2),
+            view_patience: Duration::from_secs(5),
             idle_timeout: None,
         }
     }
