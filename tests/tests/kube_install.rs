@@ -52,7 +52,9 @@ fn traces(cluster: &Cluster, node: usize) -> Result<Vec<String>> {
     };
     // Neither directory needs to be there.
     found.extend(listed(&["sh", "-c", "ls -A /sys/fs/bpf/nodemesh 2>/dev/null || true"])?);
-    found.extend(listed(&["sh", "-c", "ls -A /run/nodemesh 2>/dev/null || true"])?);
+    for directory in ["/run/nodemesh", "/var/lib/nodemesh"] {
+        found.extend(listed(&["sh", "-c", "ls -A $0 2>/dev/null || true", directory])?);
+    }
     Ok(found)
 }
 
@@ -81,6 +83,75 @@ fn every_command_of_the_document_works() -> Result<()> {
     // The other tests of this run need the mesh.
     run(&cluster, folder.path(), &programs, "mesh-ctl install\n")?;
     fs::remove_dir_all(folder.path()).ok();
+    Ok(())
+}
+
+/// Something in a node's directory that the sweep cannot remove. It goes with this value.
+struct Stuck<'a>(&'a Cluster, usize);
+
+const STUCK: &str = "/run/nodemesh/stuck";
+
+impl Stuck<'_> {
+    fn on(cluster: &Cluster, node: usize) -> Result<Stuck<'_>> {
+        let mount = format!("mkdir -p {STUCK} && mount -t tmpfs tmpfs {STUCK}");
+        cluster.exec_on_node(node, &["sh", "-c", &mount])?.ok()?;
+        Ok(Stuck(cluster, node))
+    }
+}
+
+impl Drop for Stuck<'_> {
+    fn drop(&mut self) {
+        let remove = format!("umount {STUCK} && rmdir {STUCK}");
+        let removed = self.0.exec_on_node(self.1, &["sh", "-c", &remove]);
+        if let Err(error) = removed.and_then(|output| output.ok()) {
+            eprintln!("{STUCK} stays on node {}: {error:#}", self.1);
+        }
+    }
+}
+
+const POLICY: &str = "
+apiVersion: nodemesh.io/v1alpha1
+kind: MeshPolicy
+metadata: {name: left, namespace: default}
+spec: {targetRefs: [{kind: Namespace, name: default}], mtls: {mode: permissive}}
+";
+
+#[test]
+fn the_mesh_goes_by_force_where_a_node_cannot_be_swept_and_takes_its_kinds_if_told() -> Result<()> {
+    let cluster = Cluster::shared()?;
+    let programs = mesh_tests::mesh::find_programs()?;
+    let mesh_ctl = |words: &[&str]| {
+        let mut command = cluster.command(programs.join("mesh-ctl"));
+        command.args(words);
+        process::with_input(command, "")
+    };
+    cluster.apply(POLICY)?;
+    let stuck = Stuck::on(&cluster, 2)?;
+    let refused = mesh_ctl(&["uninstall", "--timeout", "20s"])?;
+    ensure!(
+        refused.code() == 1 && refused.stderr.contains("1 of 2 nodes are clean") && refused.stderr.contains("node2"),
+        "{refused}"
+    );
+    // What was not deleted is as it was: the policy, and the controller.
+    cluster.get("default", "meshpolicy", "left")?;
+    cluster.get("nodemesh-system", "deployment", "nodemesh-controller")?;
+
+    let forced = mesh_ctl(&["uninstall", "--timeout", "30s", "--force", "--crds"])?;
+    ensure!(
+        forced.code() == 0 && forced.stderr.contains("1 of 2 nodes are clean"),
+        "{forced}"
+    );
+    let left = cluster.kubectl(&["get", "crds,clusterroles,clusterrolebindings,namespaces", "-o", "name"])?;
+    let left: Vec<&str> = left.lines().filter(|name| name.contains("nodemesh")).collect();
+    ensure!(left.is_empty(), "left in the cluster: {left:?}");
+    drop(stuck);
+    for node in 1..=cluster.nodes()? {
+        let traces = traces(&cluster, node)?;
+        ensure!(traces.is_empty(), "node {node} still has {traces:?}");
+    }
+    // Everything can be asked for again.
+    mesh_ctl(&["install"])?.ok()?;
+    mesh_ctl(&["doctor"])?.ok()?;
     Ok(())
 }
 
