@@ -63,6 +63,9 @@ fn every_command_of_the_document_works() -> Result<()> {
     let cluster = Cluster::shared()?;
     let programs = mesh_tests::mesh::find_programs()?;
     let folder = tempfile::tempdir()?;
+    // Where the document's reader is: at the root of this tree, as far as the document says.
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+    std::os::unix::fs::symlink(deploy.canonicalize()?, folder.path().join("deploy"))?;
     let blocks = blocks(DOCUMENT);
     ensure!(
         blocks.len() >= 6,
@@ -127,7 +130,7 @@ fn the_mesh_goes_by_force_where_a_node_cannot_be_swept_and_takes_its_kinds_if_to
     };
     cluster.apply(POLICY)?;
     let stuck = Stuck::on(&cluster, 2)?;
-    let refused = mesh_ctl(&["uninstall", "--timeout", "20s"])?;
+    let refused = mesh_ctl(&["uninstall", "--timeout", "40s"])?;
     ensure!(
         refused.code() == 1 && refused.stderr.contains("1 of 2 nodes are clean") && refused.stderr.contains("node2"),
         "{refused}"
@@ -136,7 +139,7 @@ fn the_mesh_goes_by_force_where_a_node_cannot_be_swept_and_takes_its_kinds_if_to
     cluster.get("default", "meshpolicy", "left")?;
     cluster.get("nodemesh-system", "deployment", "nodemesh-controller")?;
 
-    let forced = mesh_ctl(&["uninstall", "--timeout", "30s", "--force", "--crds"])?;
+    let forced = mesh_ctl(&["uninstall", "--timeout", "40s", "--force", "--crds"])?;
     ensure!(
         forced.code() == 0 && forced.stderr.contains("1 of 2 nodes are clean"),
         "{forced}"
