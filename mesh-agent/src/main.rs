@@ -160,27 +160,20 @@ fn uninstall(pin_root: &Path, instance: &str, run_dir: &Path, state_dir: &Path, 
     detach(pin_root, instance)?;
     // Others may keep pins here; ours are gone. The directory is nobody's when it is empty.
     let _ = fs::remove_dir(pin_root);
+    // What cannot be removed keeps nothing else.
+    let mut left = Vec::new();
     match fs::read_dir(run_dir) {
         Ok(entries) => {
             for entry in entries {
-                let path = entry?.path();
-                let removed = match path.is_dir() && !path.is_symlink() {
-                    true => fs::remove_dir_all(&path),
-                    false => fs::remove_file(&path),
-                };
-                removed.map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
-                println!("removed {}", path.display());
+                remove(&entry?.path(), &mut left);
             }
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => anyhow::bail!("{}: {error}", run_dir.display()),
+        Err(error) => left.push(format!("{}: {error}", run_dir.display())),
     }
     // Its keys are the node's and its pods': nothing of it stays.
-    match fs::remove_dir_all(state_dir) {
-        Ok(()) => println!("removed {}", state_dir.display()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => anyhow::bail!("{}: {error}", state_dir.display()),
-    }
+    remove(state_dir, &mut left);
+    anyhow::ensure!(left.is_empty(), "{}", left.join("; "));
     println!("the node is clean");
     if stay {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -196,6 +189,19 @@ fn uninstall(pin_root: &Path, instance: &str, run_dir: &Path, state_dir: &Path, 
         })?;
     }
     Ok(())
+}
+
+/// Removes a file or a directory, if it is there; says in `left` why it cannot.
+fn remove(path: &Path, left: &mut Vec<String>) {
+    let removed = match path.is_dir() && !path.is_symlink() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    };
+    match removed {
+        Ok(()) => println!("removed {}", path.display()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => left.push(format!("{}: {error}", path.display())),
+    }
 }
 
 /// Removes the pins of an instance, of every ABI version that is there.
@@ -266,5 +272,16 @@ mod tests {
             assert_eq!(names(&path("run")), [""; 0]);
             assert_eq!(names(&path("lib")), ["controller"]);
         }
+    }
+
+    #[test]
+    fn what_cannot_be_removed_keeps_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let (run, state) = (root.path().join("run"), root.path().join("state"));
+        fs::write(&run, "no directory").unwrap();
+        fs::create_dir(&state).unwrap();
+        let refused = uninstall(&root.path().join("pins"), "node-1", &run, &state, false).unwrap_err();
+        assert!(refused.to_string().contains(&run.display().to_string()), "{refused}");
+        assert!(!state.exists());
     }
 }
