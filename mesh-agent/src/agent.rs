@@ -406,8 +406,10 @@ impl Upkeep {
                     *now = wanted;
                     changed
                 });
-                self.traffic
-                    .retain(view.backends().map(|backend| &**backend), view.limits());
+                self.traffic.retain(
+                    |key| view.backend(key).map(|backend| &**backend),
+                    |id| view.has_limit(id),
+                );
                 self.pods.reconcile(&here).await;
                 self.kept.store(self.pods.is_kept(), Ordering::Relaxed);
                 self.tell();

@@ -24,6 +24,8 @@ use crate::{
 /// What holds for connections to one port of one workload. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct InboundPolicy {
+    /// The view's revision.
+    pub revision: Revision,
     /// The workload's own port.
     pub port: u16,
     /// Whether plaintext is taken.
@@ -41,7 +43,6 @@ pub struct InboundPolicy {
 /// The access rules of one port of one workload, compiled with a view.
 #[derive(Clone, Debug)]
 pub struct AccessRules {
-    revision: Revision,
     deny: Vec<NamedRule>,
     allow: Vec<NamedRule>,
     otherwise: Otherwise,
@@ -152,18 +153,12 @@ impl Permit {
 
 impl AccessRules {
     /// Rules where `default_deny` names the Allow policy that turns the default around.
-    pub fn new(
-        revision: Revision,
-        deny: Vec<NamedRule>,
-        allow: Vec<NamedRule>,
-        default_deny: Option<RuleId>,
-    ) -> AccessRules {
+    pub fn new(deny: Vec<NamedRule>, allow: Vec<NamedRule>, default_deny: Option<RuleId>) -> AccessRules {
         let otherwise = match default_deny {
             Some(rule) => Otherwise::Deny(rule, DenyReason::NoAllowRule),
             None => Otherwise::Allow,
         };
         AccessRules {
-            revision,
             deny,
             allow,
             otherwise,
@@ -181,9 +176,8 @@ impl AccessRules {
     }
 
     /// For a destination that the view does not know.
-    pub fn unknown_workload(revision: Revision) -> AccessRules {
+    pub fn unknown_workload() -> AccessRules {
         AccessRules {
-            revision,
             deny: Vec::new(),
             allow: Vec::new(),
             otherwise: Otherwise::Deny(RuleId::UNKNOWN_WORKLOAD, DenyReason::UnknownWorkload),
@@ -202,12 +196,7 @@ impl AccessRules {
         self.deny.iter().chain(&self.allow).any(asks)
     }
 
-    /// The view's revision.
-    pub fn revision(&self) -> Revision {
-        self.revision
-    }
-
-    /// Whether they decide alike, in whichever revision.
+    /// Whether they decide alike.
     fn same_as(&self, other: &AccessRules) -> bool {
         let rules =
             |a: &[NamedRule], b: &[NamedRule]| a.iter().map(|named| &named.rule).eq(b.iter().map(|named| &named.rule));
@@ -217,7 +206,9 @@ impl AccessRules {
             && allows(&self.otherwise) == allows(&other.otherwise)
             && self.unreadable == other.unreadable
     }
+}
 
+impl InboundPolicy {
     fn permit(&self, rule: &RuleId) -> Decision {
         Decision::Permit(Permit {
             rule: rule.clone(),
@@ -264,16 +255,16 @@ pub fn decide(inbound: &InboundPolicy, source: &SourceAttributes<'_>, l7: Option
     let l7 = &l7.map(Asked::new);
     let access = &*inbound.access;
     if inbound.mtls == MtlsMode::Strict && source.identity.is_none() {
-        return access.denied(&RuleId::MTLS_STRICT, DenyReason::MtlsStrict);
+        return inbound.denied(&RuleId::MTLS_STRICT, DenyReason::MtlsStrict);
     }
     if let Some(policy) = &access.unreadable {
-        return access.denied(policy, DenyReason::UnreadablePolicy);
+        return inbound.denied(policy, DenyReason::UnreadablePolicy);
     }
     let fit = |named: &NamedRule, side: Side| rule_fit(&named.rule, inbound.port, source, l7.as_ref(), side);
     let mut open_question = false;
     for named in &access.deny {
         match fit(named, Side::Deny) {
-            Fit::Yes => return access.denied(&named.id, DenyReason::DenyRule),
+            Fit::Yes => return inbound.denied(&named.id, DenyReason::DenyRule),
             Fit::NeedsRequest => open_question = true,
             Fit::No => {}
         }
@@ -292,10 +283,10 @@ pub fn decide(inbound: &InboundPolicy, source: &SourceAttributes<'_>, l7: Option
     }
     match (allowed_by, &access.otherwise) {
         (None, Otherwise::Deny(..)) if may_be_allowed => Decision::NeedsRequest,
-        (None, Otherwise::Deny(rule, reason)) => access.denied(rule, *reason),
+        (None, Otherwise::Deny(rule, reason)) => inbound.denied(rule, *reason),
         _ if open_question => Decision::NeedsRequest,
-        (Some(rule), _) => access.permit(rule),
-        (None, Otherwise::Allow) => access.permit(&RuleId::ALLOW_BY_DEFAULT),
+        (Some(rule), _) => inbound.permit(rule),
+        (None, Otherwise::Allow) => inbound.permit(&RuleId::ALLOW_BY_DEFAULT),
     }
 }
 
@@ -317,7 +308,7 @@ pub fn decide_flow(inbound: &InboundPolicy, source: &SourceAttributes<'_>) -> Re
             };
             Err(Denied {
                 rule: rule.clone(),
-                revision: access.revision,
+                revision: inbound.revision,
                 reason,
             })
         }

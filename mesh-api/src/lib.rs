@@ -8,10 +8,11 @@
 //! * [`backend`]: endpoints and how to send to them. * [`rule`]: the name of the rule that decided.
 //! * [`wire`]: the protocol between controller, agents and `mesh-ctl`.
 //!
+//! * [`shared_map`]: a map that revisions share.
 //! * `read`: typed values out of YAML and JSON. * [`yaml`]: YAML that every reader takes for the same.
 //!
 //! Dependency order (a module uses only those before it):
-//! `identity < workload < request, rule < read < policy < document < resilience < backend < route < reading < authz < view <
+//! `shared_map, identity < workload < request, rule < read < policy < document < resilience < backend < route < reading < authz < view <
 //! explain, status < wire`.
 
 pub mod authz;
@@ -26,6 +27,7 @@ pub mod request;
 pub mod resilience;
 pub mod route;
 pub mod rule;
+pub mod shared_map;
 pub mod status;
 pub mod view;
 pub mod wire;

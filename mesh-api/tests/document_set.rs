@@ -62,7 +62,7 @@ fn workload(set: &DocumentSet, name: &str) -> Option<Workload> {
     set.resources(&trust_domain())
         .into_iter()
         .find_map(|resource| match resource {
-            Resource::Workload(workload) if &*workload.name.name == name => Some(workload),
+            Resource::Workload(workload) if &*workload.name.name == name => Some(Workload::clone(&workload)),
             _ => None,
         })
 }
@@ -72,7 +72,7 @@ fn service(set: &DocumentSet) -> Service {
         .resources(&trust_domain())
         .into_iter()
         .find_map(|resource| match resource {
-            Resource::Service(service) => Some(service),
+            Resource::Service(service) => Some(Service::clone(&service)),
             _ => None,
         });
     found.expect("a service")

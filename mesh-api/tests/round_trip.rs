@@ -603,15 +603,12 @@ fn endpoint_group() -> impl Strategy<Value = EndpointGroup> {
 fn resource() -> impl Strategy<Value = Resource> {
     let policy = spec().prop_map(|spec| {
         let text = document(&spec).to_string();
-        Resource::Policy(
-            parse("x", &text)
-                .unwrap_or_else(|problems| panic!("{}", texts(problems)))
-                .remove(0),
-        )
+        let mut parsed = parse("x", &text).unwrap_or_else(|problems| panic!("{}", texts(problems)));
+        Resource::Policy(Arc::new(parsed.remove(0)))
     });
     prop_oneof![
-        workload().prop_map(Resource::Workload),
-        service().prop_map(Resource::Service),
+        workload().prop_map(|workload| Resource::Workload(Arc::new(workload))),
+        service().prop_map(|service| Resource::Service(Arc::new(service))),
         policy
     ]
 }
@@ -628,6 +625,7 @@ fn update() -> impl Strategy<Value = Update> {
             let trust_domain = TrustDomain::new("cluster.local").unwrap();
             Update::Snapshot {
                 revision: Revision(revision),
+                stamp: revision ^ 7,
                 trust_domain,
                 resources,
                 trust_roots,
@@ -643,6 +641,7 @@ fn update() -> impl Strategy<Value = Update> {
             .prop_map(|(from, to, upserts, removed, trust_roots)| Update::Delta {
                 from: Revision(from),
                 to: Revision(to),
+                stamp: from ^ to,
                 upserts,
                 removed,
                 trust_roots,
@@ -672,6 +671,7 @@ fn report() -> impl Strategy<Value = Report> {
                 node,
                 agent_version,
                 resume: Revision(resume),
+                stamp: resume ^ 7,
                 abi_version,
             }
         }),

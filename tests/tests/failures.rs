@@ -411,6 +411,7 @@ fn a_controller_restored_from_a_backup_takes_nothing_from_the_agents() -> Result
     let old = revision(&lab)?;
     apply(&lab, STRICT)?;
     apply(&lab, NO_VISITOR)?;
+    let held = revision(&lab)?;
     lab.kill_controller()?;
     std::fs::remove_dir_all(&data)?;
     copy(&backup, &data)?;
@@ -443,6 +444,25 @@ fn a_controller_restored_from_a_backup_takes_nothing_from_the_agents() -> Result
         let label = format!("labels: {{round: r{n}}}, name: newer");
         let output = lab.ctl_with_input(&["policy", "apply", "-f", "-"], &newer.replace("name: newer", &label))?;
         ensure!(output.status.success(), "{output}");
+        if n == 1 {
+            // The restored store has come to the number that the agents hold, and means something else by it.
+            assert_eq!(revision(&lab)?, held);
+            lab.kill_controller()?;
+            lab.start_controller()?;
+            for node in ["node-1", "node-2"] {
+                until("the refusal of another revision", LIMIT, || {
+                    let shown = agent(&lab, node)?;
+                    let why = shown["nackReason"].as_str().unwrap_or_default();
+                    ensure!(
+                        shown["nackedRevision"] == held && why.contains("another revision"),
+                        "{shown:#}"
+                    );
+                    ensure!(shown["current"] == false, "{shown:#}");
+                    Ok(Some(()))
+                })?;
+            }
+            assert_eq!(get(&lab, VISITOR, "http://cart/")?.status, 403, "nothing was widened");
+        }
     }
     all_current(&lab)?;
     assert_eq!(

@@ -42,6 +42,8 @@ use self::{
     limit::{Buckets, Rate},
 };
 
+/// Endpoints with state that are looked up among a backend's one by one; more are put into a set first.
+const LOOKED_UP_ONE_BY_ONE_MAX: usize = 8;
 /// The most backends with state; further ones are refused until some are gone.
 pub const BACKENDS_MAX: usize = 64 * 1024;
 /// The most limits with buckets; further ones are refused until some are gone.
@@ -279,27 +281,25 @@ impl Traffic {
     /// Forgets what the view does not know any more. Requests under way keep their own counts until they end.
     pub fn retain<'a>(
         &self,
-        backends: impl IntoIterator<Item = &'a Backend>,
-        limits: impl IntoIterator<Item = &'a RuleId>,
+        backend: impl Fn(&BackendKey) -> Option<&'a Backend>,
+        has_limit: impl Fn(&RuleId) -> bool,
     ) {
-        let mut live: HashMap<&BackendKey, HashSet<SocketAddr>> = HashMap::new();
-        for backend in backends {
-            let addresses = backend
-                .endpoints_v4
-                .iter()
-                .chain(&backend.endpoints_v6)
-                .map(|endpoint| endpoint.address);
-            live.entry(&backend.key).or_default().extend(addresses);
-        }
+        // As much work as there is state, however much the view knows.
         self.backends.write().retain(|key, state| {
-            let Some(addresses) = live.get(key) else {
+            let Some(backend) = backend(key) else {
                 return false;
             };
-            state.endpoints.write().retain(|address, _| addresses.contains(address));
+            let all = || backend.endpoints_v4.iter().chain(&backend.endpoints_v6);
+            let mut states = state.endpoints.write();
+            if states.len() > LOOKED_UP_ONE_BY_ONE_MAX {
+                let addresses: HashSet<SocketAddr> = all().map(|endpoint| endpoint.address).collect();
+                states.retain(|address, _| addresses.contains(address));
+            } else {
+                states.retain(|address, _| all().any(|endpoint| endpoint.address == *address));
+            }
             true
         });
-        let limits: HashSet<&RuleId> = limits.into_iter().collect();
-        self.limits.write().retain(|id, _| limits.contains(id));
+        self.limits.write().retain(|id, _| has_limit(id));
     }
 
     /// All endpoints with state, for `status` and gauges.

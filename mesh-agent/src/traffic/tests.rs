@@ -427,23 +427,21 @@ fn state_outlives_revisions_and_goes_with_the_backend() {
     picked.report(Report::Failure, now);
     // A new revision of the same backend: the breaker is still open.
     let new = backend(2, settings.clone());
-    traffic.retain([&new], []);
+    traffic.retain(|key| (*key == new.key).then_some(&new), |_| false);
     let again = traffic.admit(&new).unwrap();
     assert_eq!(
         again.pick(&new.endpoints_v4, &[last(2)], now).unwrap_err(),
         Rejection::BreakerOpen
     );
     // The endpoint leaves and comes back: it starts anew.
-    traffic.retain(
-        [&Backend {
-            endpoints_v4: vec![endpoint(2)],
-            ..new.clone()
-        }],
-        [],
-    );
+    let left = Backend {
+        endpoints_v4: vec![endpoint(2)],
+        ..new.clone()
+    };
+    traffic.retain(|key| (*key == left.key).then_some(&left), |_| false);
     assert!(again.pick(&new.endpoints_v4, &[last(2)], now).is_ok());
     // The backend goes, with requests under way.
-    traffic.retain([], []);
+    traffic.retain(|_| None, |_| false);
     assert!(traffic.status().is_empty());
     drop((admission, again));
 }
@@ -522,7 +520,7 @@ fn shadow_limits_tell_and_refuse_nothing() {
         assert_eq!(limited, Ok(()));
     }
     assert_eq!(told.len(), 2);
-    traffic.retain([], []);
+    traffic.retain(|_| None, |_| false);
     let mut again = 0;
     let _ = traffic.limit([&shadow], source, &Get, Instant::now(), |_| again += 1);
     assert_eq!(again, 0, "a limit that is gone starts anew");

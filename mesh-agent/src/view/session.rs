@@ -16,8 +16,9 @@ use std::{
 };
 
 use mesh_api::{
+    document::{Resource, ResourceKey},
     identity::{IdentityError, SpiffeId, TrustDomain},
-    view::View,
+    view::{View, ViewCompiler},
     wire::{CertificateReport, PodReport, Report, TrustRoots, Update, control::ControllerMessage},
 };
 use parking_lot::Mutex;
@@ -47,6 +48,9 @@ const OUTGOING_MAX: usize = 16;
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the snapshot on disk is looked at while there is no stream: another generation may write it.
 const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
+/// Endpoints alone are written to disk no sooner than after so many times what the last writing took: a large mesh would
+/// be written by the second otherwise. Whatever else changes is written at once.
+const SAVE_PAUSE: u32 = 50;
 /// The wait after a renewal of the node's certificate failed.
 const RENEWAL_RETRY: Duration = Duration::from_secs(10);
 
@@ -188,6 +192,11 @@ pub struct ViewSync {
     credential: Option<NodeCredential>,
     client: ControllerClient,
     stand_back: Pin<Box<dyn Future<Output = ()>>>,
+    compiler: ViewCompiler,
+    /// What is on disk, as far as this process wrote it; what is to be written, and when that is due.
+    saved: Option<Arc<Held>>,
+    unsaved: Option<Arc<Held>>,
+    save_due: Instant,
     /// When the snapshot on disk was written that was looked at last.
     seen: Option<SystemTime>,
 }
@@ -248,7 +257,11 @@ impl ViewSync {
             channel: Arc::default(),
             bundle: workload_bundle.subscribe(),
         };
-        let sync = ViewSync {
+        let mut sync = ViewSync {
+            compiler: ViewCompiler::new(Some(&config.node)),
+            saved: held.clone(),
+            unsaved: None,
+            save_due: Instant::now(),
             views: Arc::new(Published::new(View::empty(config.trust_domain.clone()))),
             health: Arc::default(),
             state: State::new(greeting, held.clone(), config.controller.retry_max),
@@ -345,13 +358,15 @@ impl ViewSync {
                         }
                         Action::Publish(held) => self.publish(&held),
                         Action::Trust(roots) => self.trust(&roots),
-                        Action::Save(held) => self.save(held).await,
+                        Action::Save(held) => self.unsaved = Some(held),
                         Action::Wait(wait) => due = Some(Instant::now() + wait),
                         Action::Tell(event) => self.events.emit(event),
                     }
                 }
             }
+            self.save_if_due().await;
             tokio::select! {
+                () = until(Some(self.save_due)), if self.unsaved.is_some() => {}
                 input = receive(&mut open, &self.config.trust_domain), if open.is_some() => {
                     inputs.push_back(match input {
                         Input::Lost { reason } => self.lost(reason),
@@ -489,9 +504,10 @@ impl ViewSync {
         Some(Instant::now() + wait.max(at_least.unwrap_or(Duration::from_secs(1))))
     }
 
-    fn publish(&self, held: &Held) {
-        let resources: Vec<_> = held.resources.values().cloned().collect();
-        let view = View::compile_on(&self.config.node, held.trust_domain.clone(), held.revision, &resources);
+    fn publish(&mut self, held: &Held) {
+        let view = self
+            .compiler
+            .compile(&held.trust_domain, held.revision, &held.resources);
         self.views.publish(Arc::new(view));
         self.health.revision.store(held.revision.0, Relaxed);
         self.health.resources.store(held.resources.len(), Relaxed);
@@ -515,16 +531,46 @@ impl ViewSync {
         }
     }
 
-    async fn save(&self, held: Arc<Held>) {
-        let state_dir = self.config.state_dir.clone();
-        let saved = tokio::task::spawn_blocking(move || snapshot::save(&state_dir, &held)).await;
-        let reason = match saved {
-            Ok(Ok(())) => return,
+    async fn save_if_due(&mut self) {
+        let now = Instant::now();
+        let saved = self.saved.as_deref();
+        let Some(held) = self
+            .unsaved
+            .take_if(|held| now >= self.save_due || !saved.is_some_and(|saved| is_alike(saved, held)))
+        else {
+            return;
+        };
+        let (state_dir, writing) = (self.config.state_dir.clone(), held.clone());
+        let written = tokio::task::spawn_blocking(move || snapshot::save(&state_dir, &writing)).await;
+        self.save_due = Instant::now() + now.elapsed() * SAVE_PAUSE;
+        let reason = match written {
+            Ok(Ok(())) => {
+                self.saved = Some(held);
+                return;
+            }
             Ok(Err(error)) => error.to_string(),
             Err(error) => error.to_string(),
         };
         self.events.emit(Event::SnapshotUnwritten { reason });
     }
+}
+
+/// Whether two revisions differ in endpoints only: an agent that starts by the older one guards the same by the same rules.
+pub(super) fn is_alike(saved: &Held, held: &Held) -> bool {
+    let mut alike = saved.roots == held.roots && saved.trust_domain == held.trust_domain;
+    held.resources.differences(&saved.resources, |key, now| {
+        alike &= match key {
+            ResourceKey::Workload(_) => match (saved.resources.get(key), now) {
+                (Some(Resource::Workload(was)), Some(Resource::Workload(is))) => {
+                    was.enrolled == is.enrolled && was.labels == is.labels && was.identity == is.identity
+                }
+                _ => true,
+            },
+            ResourceKey::Service(_) => now.is_some() && saved.resources.contains_key(key),
+            ResourceKey::Policy(_) => false,
+        };
+    });
+    alike
 }
 
 fn bundle_of(roots: &TrustRoots, trust_domain: &TrustDomain) -> Result<Arc<TrustBundle>, String> {

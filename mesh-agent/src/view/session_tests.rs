@@ -271,6 +271,7 @@ impl FakeController {
 
     fn snapshot(&self, revision: u64, names: &[&str]) -> ControllerMessage {
         ControllerMessage::from(&Update::Snapshot {
+            stamp: 0,
             revision: Revision(revision),
             trust_domain: domain(),
             resources: names.iter().map(|name| service(name)).collect(),
@@ -286,18 +287,19 @@ impl Drop for FakeController {
 }
 
 fn service(name: &str) -> Resource {
-    Resource::Service(Service {
+    Resource::Service(Arc::new(Service {
         name: ObjectName::new("shop", name),
         addresses: Vec::new(),
         ports: Vec::new(),
         selector: BTreeMap::new(),
         publish_not_ready: false,
         ..Service::default()
-    })
+    }))
 }
 
 fn delta(from: u64, to: u64, name: &str) -> ControllerMessage {
     ControllerMessage::from(&Update::Delta {
+        stamp: 0,
         from: Revision(from),
         to: Revision(to),
         upserts: vec![service(name)],
@@ -369,6 +371,7 @@ async fn joins_syncs_survives_a_restart_of_either_side_and_signs() {
 
             // Bytes that are no model: nacked by their number, and nothing is taken from them.
             let rootless = ControllerMessage::from(&Update::Snapshot {
+                stamp: 0,
                 revision: Revision(5),
                 trust_domain: domain(),
                 resources: vec![service("b")],
@@ -559,4 +562,62 @@ async fn without_a_token_or_with_a_wrong_one_there_is_no_stream() {
             }
         })
         .await;
+}
+
+#[test]
+fn only_endpoints_may_wait_to_be_written() {
+    use mesh_api::{
+        document::parse,
+        workload::{ObjectName, Workload},
+    };
+    let pod = |name: &str, change: fn(&mut Workload)| {
+        let service = ObjectName::new("shop", "cart");
+        let mut pod = Workload::outside(&domain(), &service, [10, 0, 0, 1].into(), "node-1".into());
+        pod.name = ObjectName::new("shop", name);
+        change(&mut pod);
+        Resource::Workload(Arc::new(pod))
+    };
+    let held = |resources: Vec<Resource>| super::sync::Held {
+        revision: Revision(1),
+        stamp: 0,
+        trust_domain: domain(),
+        resources: resources
+            .into_iter()
+            .map(|resource| (resource.key(), resource))
+            .collect(),
+        roots: TrustRoots::default(),
+    };
+    let policy = "{apiVersion: nodemesh.io/v1alpha1, kind: MeshPolicy, metadata: {name: p, namespace: shop}, spec: \
+                  {targetRefs: [{kind: Namespace, name: shop}], mtls: {mode: strict}}}";
+    let policy = Resource::Policy(Arc::new(parse("p", policy).unwrap().remove(0)));
+    let before = held(vec![pod("a", |_| {}), service("cart")]);
+    let cases = [
+        ("nothing", vec![pod("a", |_| {}), service("cart")], true),
+        (
+            "it is not ready",
+            vec![pod("a", |pod| pod.ready = false), service("cart")],
+            true,
+        ),
+        (
+            "one more",
+            vec![pod("a", |_| {}), pod("b", |_| {}), service("cart")],
+            true,
+        ),
+        ("it is gone", vec![service("cart")], true),
+        (
+            "it is enrolled",
+            vec![pod("a", |pod| pod.enrolled = true), service("cart")],
+            false,
+        ),
+        ("a service is gone", vec![pod("a", |_| {})], false),
+        (
+            "a service more",
+            vec![pod("a", |_| {}), service("cart"), service("bank")],
+            false,
+        ),
+        ("a policy", vec![pod("a", |_| {}), service("cart"), policy], false),
+    ];
+    for (what, after, expected) in cases {
+        assert_eq!(super::session::is_alike(&before, &held(after)), expected, "{what}");
+    }
 }

@@ -58,6 +58,7 @@ pub fn path(state_dir: &Path) -> PathBuf {
 fn encode(held: &Held) -> Vec<u8> {
     let update = Update::Snapshot {
         revision: held.revision,
+        stamp: held.stamp,
         trust_domain: held.trust_domain.clone(),
         resources: held.resources.values().cloned().collect(),
         trust_roots: held.roots.clone(),
@@ -79,11 +80,13 @@ fn decode(bytes: &[u8], trust_domain: &TrustDomain) -> Result<Held, SnapshotErro
     match Update::try_from(ControllerMessage::decode(content)?)? {
         Update::Snapshot {
             revision,
+            stamp,
             trust_domain: of,
             resources,
             trust_roots,
         } if of == *trust_domain => Ok(Held {
             revision,
+            stamp,
             trust_domain: of,
             resources: resources.into_iter().map(|r| (r.key(), r)).collect(),
             roots: trust_roots,
@@ -147,18 +150,19 @@ mod tests {
     }
 
     fn held(revision: u64) -> Held {
-        let service = Resource::Service(Service {
+        let service = Resource::Service(Arc::new(Service {
             name: ObjectName::new("shop", "cart"),
             addresses: vec!["10.0.0.1".parse().unwrap()],
             ports: Vec::new(),
             selector: BTreeMap::new(),
             publish_not_ready: false,
             ..Service::default()
-        });
+        }));
         Held {
             revision: Revision(revision),
+            stamp: 7,
             trust_domain: domain(),
-            resources: BTreeMap::from([(service.key(), service)]),
+            resources: [(service.key(), service)].into_iter().collect(),
             roots: TrustRoots(vec![vec![1, 2, 3]]),
         }
     }

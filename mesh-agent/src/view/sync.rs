@@ -5,11 +5,12 @@
 //! is nacked with the reason, and the last good view stays. A lost stream changes nothing but the time of the next
 //! attempt.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use mesh_api::{
     document::{Resource, ResourceKey},
     identity::TrustDomain,
+    shared_map::SharedMap,
     wire::{Report, TrustRoots, Update},
     workload::Revision,
 };
@@ -28,10 +29,12 @@ pub const REPLACED_WAIT: Duration = Duration::from_secs(5);
 pub struct Held {
     /// The revision.
     pub revision: Revision,
+    /// What tells it from another revision of the same number; 0: unknown.
+    pub stamp: u64,
     /// The trust domain that it was made for.
     pub trust_domain: TrustDomain,
-    /// The resources by name.
-    pub resources: BTreeMap<ResourceKey, Resource>,
+    /// The resources by name. What did not change is shared with the revision before.
+    pub resources: SharedMap<ResourceKey, Resource>,
     /// The roots that are trusted.
     pub roots: TrustRoots,
 }
@@ -146,6 +149,12 @@ pub enum UpdateRefused {
         /// The one that is held.
         held: Revision,
     },
+    /// One number, two revisions: the controller's store is older than what is held, and has gone on by itself.
+    #[error("another revision {offered} is held: was the controller's store restored? The next revision is taken")]
+    Other {
+        /// The one that came.
+        offered: Revision,
+    },
     /// A delta that leads nowhere.
     #[error("a delta from {from} to {to} does not go forward")]
     Backward {
@@ -203,11 +212,16 @@ impl State {
         self.held.as_ref().map_or(Revision(0), |held| held.revision)
     }
 
+    fn stamp(&self) -> u64 {
+        self.held.as_ref().map_or(0, |held| held.stamp)
+    }
+
     fn hello(&self) -> Report {
         Report::Hello {
             node: self.greeting.node.clone(),
             agent_version: self.greeting.version.to_owned(),
             resume: self.revision(),
+            stamp: self.stamp(),
             abi_version: self.greeting.abi_version,
         }
     }
@@ -226,12 +240,16 @@ impl State {
         match update {
             Update::Snapshot {
                 revision,
+                stamp,
                 trust_domain,
                 resources,
                 trust_roots,
             } => {
                 if revision == Revision(0) {
                     return Err(UpdateRefused::Zero);
+                }
+                if revision == held && stamp != 0 && self.stamp() != 0 && stamp != self.stamp() {
+                    return Err(UpdateRefused::Other { offered: revision });
                 }
                 if revision < held {
                     return Err(UpdateRefused::Older {
@@ -246,12 +264,18 @@ impl State {
                     return Err(UpdateRefused::NoRoots);
                 }
                 let count = resources.len();
-                let resources: BTreeMap<_, _> = resources.into_iter().map(|r| (r.key(), r)).collect();
+                let resources: SharedMap<_, _> = resources.into_iter().map(|r| (r.key(), r)).collect();
                 if resources.len() != count {
                     return Err(UpdateRefused::Duplicate(count - resources.len()));
                 }
+                // What is told again stays the same to all that is made from it.
+                let resources = match &self.held {
+                    Some(held) => held.resources.become_like(&resources),
+                    None => resources,
+                };
                 Ok(Held {
                     revision,
+                    stamp,
                     trust_domain,
                     resources,
                     roots: trust_roots,
@@ -260,6 +284,7 @@ impl State {
             Update::Delta {
                 from,
                 to,
+                stamp,
                 upserts,
                 removed,
                 trust_roots,
@@ -278,12 +303,14 @@ impl State {
                     next.resources.remove(key);
                 }
                 let count = upserts.len();
-                let upserts: BTreeMap<_, _> = upserts.into_iter().map(|r| (r.key(), r)).collect();
+                let upserts: SharedMap<_, _> = upserts.into_iter().map(|r| (r.key(), r)).collect();
                 if upserts.len() != count {
                     return Err(UpdateRefused::Duplicate(count - upserts.len()));
                 }
-                next.resources.extend(upserts);
+                next.resources
+                    .extend(upserts.iter().map(|(key, resource)| (key.clone(), resource.clone())));
                 next.revision = to;
+                next.stamp = stamp;
                 if let Some(roots) = trust_roots {
                     next.roots = roots;
                 }
@@ -433,14 +460,13 @@ mod tests {
     }
 
     fn service(name: &str) -> Resource {
-        Resource::Service(Service {
+        Resource::Service(Arc::new(Service {
             name: ObjectName::new("shop", name),
             addresses: Vec::new(),
             ports: Vec::new(),
-            selector: BTreeMap::new(),
             publish_not_ready: false,
             ..Service::default()
-        })
+        }))
     }
 
     fn key(name: &str) -> ResourceKey {
@@ -453,6 +479,7 @@ mod tests {
 
     fn snapshot(revision: u64, names: &[&str]) -> Update {
         Update::Snapshot {
+            stamp: 0,
             revision: Revision(revision),
             trust_domain: domain(),
             resources: names.iter().map(|name| service(name)).collect(),
@@ -462,6 +489,7 @@ mod tests {
 
     fn delta(from: u64, to: u64, upserts: &[&str], removed: &[&str]) -> Update {
         Update::Delta {
+            stamp: 0,
             from: Revision(from),
             to: Revision(to),
             upserts: upserts.iter().map(|name| service(name)).collect(),
@@ -522,13 +550,47 @@ mod tests {
 
     fn names(state: &State) -> Vec<String> {
         let held = state.held().expect("something is held");
-        held.resources
-            .keys()
-            .map(|key| match key {
-                ResourceKey::Service(name) => name.name.to_string(),
-                other => format!("{other:?}"),
-            })
-            .collect()
+        let name = |key: &ResourceKey| match key {
+            ResourceKey::Service(name) => name.name.to_string(),
+            other => format!("{other:?}"),
+        };
+        let mut names: Vec<String> = held.resources.keys().map(name).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn another_revision_of_the_held_number_is_refused_and_the_next_one_taken() {
+        let stamped = |revision, stamp, names: &[&str]| match snapshot(revision, names) {
+            Update::Snapshot {
+                revision,
+                trust_domain,
+                resources,
+                trust_roots,
+                ..
+            } => Update::Snapshot {
+                revision,
+                stamp,
+                trust_domain,
+                resources,
+                trust_roots,
+            },
+            other => other,
+        };
+        let state = streaming(fresh());
+        let (state, _) = update(state, stamped(7, 11, &["a"]));
+        let (state, words) = update(state, stamped(7, 13, &["b"]));
+        assert!(words.iter().any(|word| word.starts_with("nack 7")), "{words:?}");
+        assert_eq!(names(&state), ["a"]);
+        // The same again is no news, and one whose maker drew no stamp is taken by its number.
+        for (stamp, expected) in [(11, "a"), (0, "c")] {
+            let (_, words) = update(state.clone(), stamped(7, stamp, &[expected]));
+            assert!(words.iter().any(|word| word.starts_with("ack 7")), "{words:?}");
+        }
+        let (state, _) = update(state, stamped(8, 17, &["b"]));
+        assert_eq!(names(&state), ["b"]);
+        let (_, words) = run(state, Input::Lost { reason: "gone".into() });
+        assert!(!words.is_empty());
     }
 
     #[test]
@@ -588,18 +650,21 @@ mod tests {
     fn what_cannot_be_right_is_nacked_and_the_last_good_stays() {
         let (state, _) = update(streaming(fresh()), snapshot(7, &["a"]));
         let other_domain = Update::Snapshot {
+            stamp: 0,
             revision: Revision(9),
             trust_domain: TrustDomain::new("other").unwrap(),
             resources: Vec::new(),
             trust_roots: roots(1),
         };
         let rootless = Update::Snapshot {
+            stamp: 0,
             revision: Revision(9),
             trust_domain: domain(),
             resources: Vec::new(),
             trust_roots: TrustRoots(Vec::new()),
         };
         let rootless_delta = Update::Delta {
+            stamp: 0,
             from: Revision(7),
             to: Revision(8),
             upserts: Vec::new(),
@@ -666,6 +731,7 @@ mod tests {
     fn new_roots_are_trusted_when_they_change() {
         let (state, _) = update(streaming(fresh()), snapshot(1, &[]));
         let rotated = Update::Delta {
+            stamp: 0,
             from: Revision(1),
             to: Revision(2),
             upserts: Vec::new(),

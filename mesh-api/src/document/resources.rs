@@ -1,10 +1,14 @@
 //! From documents to what agents work with: every default decided, enrolment and readiness settled.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use super::{
-    Document, DocumentKey, DocumentSet, EndpointSliceSpec, Kind, Meta, Object, PodSpec, Resource, ServiceSpec,
-    SliceEndpoint, SpecPort,
+    Document, DocumentKey, DocumentSet, EndpointSliceSpec, Kind, Meta, Object, PodSpec, Resource, ResourceKey,
+    ServiceSpec, SliceEndpoint, SpecPort,
     core_reader::{
         ENROL_LABEL, EXCLUDE_INBOUND_ANNOTATION, EXCLUDE_OUTBOUND_ANNOTATION, NETNS_ANNOTATION, ports_of_annotation,
     },
@@ -20,7 +24,7 @@ use crate::{
 
 pub(super) fn resources(set: &DocumentSet, trust_domain: &TrustDomain) -> Vec<Resource> {
     let pods = set.of_kind(Kind::Pod).filter_map(|document| match document {
-        Document::Pod(pod) => workload(set, trust_domain, pod).map(Resource::Workload),
+        Document::Pod(pod) => workload(set, trust_domain, pod).map(|workload| Resource::Workload(Arc::new(workload))),
         _ => None,
     });
     let slices = slices_by_service(set);
@@ -28,15 +32,100 @@ pub(super) fn resources(set: &DocumentSet, trust_domain: &TrustDomain) -> Vec<Re
         Document::Service(object) => {
             let key = (&*object.meta.namespace, &*object.meta.name);
             let slices = slices.get(&key).map(Vec::as_slice);
-            Some(Resource::Service(service(set, object, slices)))
+            Some(Resource::Service(Arc::new(service(set, object, slices))))
         }
         _ => None,
     });
     let policies = set.iter().filter(|document| document.kind().is_policy());
     let policies = policies.filter_map(Document::holding);
     pods.chain(services)
-        .chain(policies.map(|document| Resource::Policy(bare(&document))))
+        .chain(policies.map(|document| Resource::Policy(Arc::new(bare(&document)))))
         .collect()
+}
+
+/// See [`DocumentSet::changed_resources`].
+pub(super) fn changed(
+    set: &DocumentSet,
+    before: &DocumentSet,
+    trust_domain: &TrustDomain,
+    changed: &BTreeSet<DocumentKey>,
+) -> Option<Vec<(ResourceKey, Option<Resource>)>> {
+    let mut found = Vec::new();
+    let mut services: BTreeSet<ObjectName> = BTreeSet::new();
+    for key in changed {
+        let name = ObjectName {
+            namespace: key.namespace.clone(),
+            name: key.name.clone(),
+        };
+        let now = set.get(key);
+        match key.kind {
+            // Labels and addresses of these are everybody's.
+            Kind::Namespace | Kind::Node => return None,
+            Kind::ServiceAccount => {}
+            Kind::Pod => {
+                let workload = match now {
+                    Some(Document::Pod(pod)) => workload(set, trust_domain, pod),
+                    _ => None,
+                };
+                let workload = workload.map(|workload| Resource::Workload(Arc::new(workload)));
+                found.push((ResourceKey::Workload(name), workload));
+                // A slice counts as far as the pod that it names is there.
+                for slices in [before, set].map(|set| set.of_namespace(Kind::EndpointSlice, &key.namespace)) {
+                    let naming = slices.filter(|slice| match slice {
+                        Document::EndpointSlice(slice) => {
+                            let mut pods = slice.spec.endpoints.iter().filter_map(|endpoint| endpoint.pod.as_ref());
+                            pods.any(|(pod, _)| **pod == *key.name)
+                        }
+                        _ => false,
+                    });
+                    services.extend(naming.filter_map(service_of));
+                }
+            }
+            Kind::Service => {
+                services.insert(name);
+            }
+            Kind::EndpointSlice => {
+                let both = [before.get(key), now].into_iter().flatten();
+                services.extend(both.filter_map(service_of));
+            }
+            kind if kind.is_policy() => {
+                let holding = now.and_then(Document::holding);
+                let policy = holding.map(|document| Resource::Policy(Arc::new(bare(&document))));
+                found.push((ResourceKey::Policy(key.clone()), policy));
+            }
+            _ => return None,
+        }
+    }
+    for name in services {
+        let key = DocumentKey::new(Kind::Service, &name.namespace, &name.name);
+        let now = match set.get(&key) {
+            Some(Document::Service(object)) => {
+                let slices = set.of_namespace(Kind::EndpointSlice, &name.namespace);
+                let slices: Vec<_> = slices
+                    .filter(|slice| service_of(slice).as_ref() == Some(&name))
+                    .filter_map(|slice| match slice {
+                        Document::EndpointSlice(slice) => Some(slice),
+                        _ => None,
+                    })
+                    .collect();
+                let slices = (!slices.is_empty()).then_some(slices.as_slice());
+                Some(Resource::Service(Arc::new(service(set, object, slices))))
+            }
+            _ => None,
+        };
+        found.push((ResourceKey::Service(name), now));
+    }
+    Some(found)
+}
+
+/// Whose endpoints a slice lists.
+fn service_of(slice: &Document) -> Option<ObjectName> {
+    let meta = slice.meta();
+    let service = meta.labels.get(SERVICE_NAME_LABEL)?;
+    Some(ObjectName {
+        namespace: meta.namespace.clone(),
+        name: service.as_str().into(),
+    })
 }
 
 /// Without labels, annotations and UID: no decision looks at them, and a change of theirs is no change for an agent.

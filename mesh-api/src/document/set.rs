@@ -1,6 +1,9 @@
 //! A set of documents: what an apply changes, what the documents say of each other, what agents get.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{Document, DocumentKey, Kind, Object, PodSpec, Problem, references, resources};
 use crate::{
@@ -8,15 +11,15 @@ use crate::{
     workload::{ObjectName, Service, Workload},
 };
 
-/// What an agent and the view work with.
+/// What an agent and the view work with. Cheap to clone.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Resource {
     /// A pod.
-    Workload(Workload),
+    Workload(Arc<Workload>),
     /// A service.
-    Service(Service),
+    Service(Arc<Service>),
     /// A policy, route or subset ([`Kind::is_policy`]).
-    Policy(Document),
+    Policy(Arc<Document>),
 }
 
 /// What a resource is called.
@@ -44,7 +47,7 @@ impl Resource {
 /// Documents by key.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DocumentSet {
-    documents: BTreeMap<DocumentKey, Document>,
+    documents: BTreeMap<DocumentKey, Arc<Document>>,
 }
 
 /// What an apply does to one document.
@@ -67,30 +70,30 @@ impl DocumentSet {
     }
 
     /// Puts a document in; the one that it replaces is handed back.
-    pub fn insert(&mut self, document: Document) -> Option<Document> {
-        self.documents.insert(document.key(), document)
+    pub fn insert(&mut self, document: Document) -> Option<Arc<Document>> {
+        self.documents.insert(document.key(), Arc::new(document))
     }
 
     /// Takes a document out.
-    pub fn remove(&mut self, key: &DocumentKey) -> Option<Document> {
+    pub fn remove(&mut self, key: &DocumentKey) -> Option<Arc<Document>> {
         self.documents.remove(key)
     }
 
     /// The document of that key.
     pub fn get(&self, key: &DocumentKey) -> Option<&Document> {
-        self.documents.get(key)
+        self.documents.get(key).map(|document| &**document)
     }
 
     /// All of them, ordered by kind, namespace and name.
     pub fn iter(&self) -> impl Iterator<Item = &Document> {
-        self.documents.values()
+        self.documents.values().map(|document| &**document)
     }
 
     /// Those of one kind, ordered by namespace and name.
     pub fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &Document> {
         let first = DocumentKey::new(kind, "", "");
         let all = self.documents.range(first..);
-        all.map(|(_, document)| document)
+        all.map(|(_, document)| &**document)
             .take_while(move |document| document.kind() == kind)
     }
 
@@ -119,6 +122,24 @@ impl DocumentSet {
     /// Whether a pod is enrolled: by its own label, else by its namespace's.
     pub fn enrols(&self, pod: &Object<PodSpec>) -> bool {
         resources::is_enrolled(self, pod)
+    }
+
+    /// Those of one kind in one namespace, ordered by name.
+    pub(super) fn of_namespace<'a>(&'a self, kind: Kind, namespace: &'a str) -> impl Iterator<Item = &'a Document> {
+        let all = self.documents.range(DocumentKey::new(kind, namespace, "")..);
+        all.take_while(move |(key, _)| key.kind == kind && *key.namespace == *namespace)
+            .map(|(_, document)| &**document)
+    }
+
+    /// What agents get by these documents, which are not as they were in `before`; `None` for a resource that is not there.
+    /// `None`: they may change any resource.
+    pub fn changed_resources(
+        &self,
+        before: &DocumentSet,
+        trust_domain: &TrustDomain,
+        changed: &BTreeSet<DocumentKey>,
+    ) -> Option<Vec<(ResourceKey, Option<Resource>)>> {
+        resources::changed(self, before, trust_domain, changed)
     }
 
     /// What agents get: workloads, services and policies, in that order, each ordered by name.

@@ -1,6 +1,9 @@
 //! Which policies hold where: `targetRefs` turned into flat lists, so that compiling stays linear.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use super::compile::Served;
 use crate::{
@@ -31,26 +34,27 @@ pub(super) struct Applied {
 }
 
 /// The targets of all policies of one kind, by what they name.
-pub(super) struct Targets<'a> {
+#[derive(Debug)]
+pub(super) struct Targets {
     mesh: Vec<usize>,
-    namespaces: HashMap<&'a str, Vec<usize>>,
-    /// By namespace and name.
-    services: HashMap<(&'a str, &'a str), Vec<ServiceTarget<'a>>>,
-    workloads: HashMap<&'a str, Vec<Selector<'a>>>,
+    namespaces: HashMap<Arc<str>, Vec<usize>>,
+    services: HashMap<ObjectName, Vec<ServiceTarget>>,
+    workloads: HashMap<Arc<str>, Vec<Selector>>,
 }
 
 /// A port of a service, if only one is meant, and the policy.
-type ServiceTarget<'a> = (Option<&'a PortRef>, usize);
+type ServiceTarget = (Option<PortRef>, usize);
 
-struct Selector<'a> {
-    labels: &'a BTreeMap<String, String>,
-    port: Option<&'a PortRef>,
+#[derive(Debug)]
+struct Selector {
+    labels: BTreeMap<String, String>,
+    port: Option<PortRef>,
     policy: usize,
 }
 
-impl<'a> Targets<'a> {
+impl Targets {
     /// From each policy's `targetRefs`, in the order of the policies.
-    pub fn new(policies: impl Iterator<Item = &'a [TargetRef]>) -> Targets<'a> {
+    pub fn new<'a>(policies: impl Iterator<Item = &'a [TargetRef]>) -> Targets {
         let mut targets = Targets {
             mesh: Vec::new(),
             namespaces: HashMap::new(),
@@ -65,13 +69,13 @@ impl<'a> Targets<'a> {
         targets
     }
 
-    fn add(&mut self, target: &'a TargetRef, policy: usize) {
+    fn add(&mut self, target: &TargetRef, policy: usize) {
         match target {
             TargetRef::Mesh => self.mesh.push(policy),
-            TargetRef::Namespace { name } => self.namespaces.entry(name).or_default().push(policy),
+            TargetRef::Namespace { name } => self.namespaces.entry(name.as_str().into()).or_default().push(policy),
             TargetRef::Service { namespace, name, port } => {
-                let key = (namespace.as_str(), name.as_str());
-                self.services.entry(key).or_default().push((port.as_ref(), policy));
+                let key = ObjectName::new(namespace, name);
+                self.services.entry(key).or_default().push((port.clone(), policy));
             }
             TargetRef::Workloads {
                 namespace,
@@ -79,11 +83,14 @@ impl<'a> Targets<'a> {
                 port,
             } => {
                 let selector = Selector {
-                    labels,
-                    port: port.as_ref(),
+                    labels: labels.clone(),
+                    port: port.clone(),
                     policy,
                 };
-                self.workloads.entry(namespace).or_default().push(selector);
+                self.workloads
+                    .entry(namespace.as_str().into())
+                    .or_default()
+                    .push(selector);
             }
         }
     }
@@ -93,13 +100,7 @@ impl<'a> Targets<'a> {
         let namespace = &*workload.name.namespace;
         let mut applied = self.of_namespace(namespace);
         for one in served {
-            let name = &one.service.name;
-            for (port, policy) in self
-                .services
-                .get(&(&*name.namespace, &*name.name))
-                .into_iter()
-                .flatten()
-            {
+            for (port, policy) in self.services.get(&one.service.name).into_iter().flatten() {
                 let level = match port {
                     None => Level::Target,
                     Some(port) if port.is(&one.port.name, one.port.port) => Level::TargetPort,
@@ -118,7 +119,7 @@ impl<'a> Targets<'a> {
             if !selector.labels.iter().all(has) {
                 continue;
             }
-            match selector.port {
+            match &selector.port {
                 None => applied.push(Applied {
                     policy: selector.policy,
                     level: Level::Target,
@@ -138,9 +139,8 @@ impl<'a> Targets<'a> {
 
     /// The policies that hold for sending to a service's port, the most specific first, each once.
     pub fn of_service_port(&self, service: &Service, port: &ServicePort) -> Vec<usize> {
-        let ObjectName { namespace, name } = &service.name;
-        let mut applied = self.of_namespace(namespace);
-        for (wanted, policy) in self.services.get(&(&**namespace, &**name)).into_iter().flatten() {
+        let mut applied = self.of_namespace(&service.name.namespace);
+        for (wanted, policy) in self.services.get(&service.name).into_iter().flatten() {
             let level = match wanted {
                 None => Level::Target,
                 Some(wanted) if wanted.is(&port.name, port.port) => Level::TargetPort,

@@ -2,7 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    net::SocketAddr,
+    hash::Hash,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -10,16 +11,19 @@ use super::{
     Backend, BackendKey, ServicePortView, ServiceView, View,
     endpoints::{self, Member, Place, Workloads, endpoints},
     inbound::{InboundCompiler, InboundSet, compile_limits},
-    inbound_of_unknown, routes,
+    inbound_of_unknown,
+    routes::{self, Tables},
     settings::TrafficCompiler,
 };
 use crate::{
-    document::{Document, Resource, ResourceKey, Unreadable},
+    document::{Document, Resource, Unreadable},
     identity::{IdentityKind, TrustDomain},
     policy::{
         AccessPolicy, GrpcRoute, HttpRoute, MeshPolicy, RateLimit, ReferenceGrant, ServiceSubset, TcpRoute, TlsRoute,
         TrafficPolicy,
     },
+    resilience::TrafficSettings,
+    shared_map::SharedMap,
     workload::{ObjectName, Revision, Service, ServicePort, Workload},
 };
 
@@ -57,75 +61,143 @@ pub(super) struct Served<'a> {
 }
 
 /// Backends by key.
-pub(super) type Backends = HashMap<BackendKey, Arc<Backend>>;
+pub(super) type Backends = SharedMap<BackendKey, Arc<Backend>>;
 
-pub(super) fn compile(
+/// What a view was compiled from, beyond what look-ups need: with it the next view is made by what has changed.
+#[derive(Clone, Debug)]
+pub(super) struct Parts {
+    pub documents: Arc<[Arc<Document>]>,
+    pub tables: Arc<Tables>,
+    /// The subsets of each service.
+    pub subsets: Arc<HashMap<ObjectName, Vec<Subset>>>,
+    /// Whom the selector of each service picks, in order of their names.
+    pub selected: SharedMap<ObjectName, Arc<Vec<Arc<Workload>>>>,
+    /// The addresses that more than one workload claims.
+    pub contended: Arc<HashSet<IpAddr>>,
+    /// The zone of the node that the view is for.
+    pub zone: Arc<str>,
+}
+
+/// A ServiceSubset.
+#[derive(Clone, Debug)]
+pub(super) struct Subset {
+    pub name: Arc<str>,
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Everything anew.
+pub(super) fn compile<'a>(
     trust_domain: TrustDomain,
     revision: Revision,
-    resources: &[Resource],
+    resources: impl Iterator<Item = &'a Resource>,
     node: Option<&str>,
-) -> View {
-    // By key, so that the order of the input cannot matter.
-    let by_key: BTreeMap<ResourceKey, &Resource> = resources.iter().map(|r| (r.key(), r)).collect();
+) -> (View, Parts, InboundCompiler) {
     let mut workloads: Vec<Arc<Workload>> = Vec::new();
     let mut services: Vec<Arc<Service>> = Vec::new();
-    let mut policies = Policies::default();
-    for resource in by_key.values() {
+    let mut documents: Vec<Arc<Document>> = Vec::new();
+    for resource in resources {
         match resource {
-            Resource::Workload(workload) => workloads.push(Arc::new(workload.clone())),
-            Resource::Service(service) => services.push(Arc::new(service.clone())),
-            Resource::Policy(document) => policies.push(document),
+            Resource::Workload(workload) => workloads.push(workload.clone()),
+            Resource::Service(service) => services.push(service.clone()),
+            Resource::Policy(document) => documents.push(document.clone()),
         }
     }
+    // By key, so that the order of the input cannot matter.
+    workloads.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    services.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    documents.sort_by_cached_key(|document| document.key());
+    let policies = Policies::new(&documents);
+    let subsets = subsets_of(&policies);
 
-    let by_address = Workloads::new(&workloads);
+    let (known, contended) = Workloads::new(&workloads);
     let selected = endpoints::selected(&services, &workloads);
     let members: Vec<Vec<Member<'_>>> = services
         .iter()
         .zip(&selected)
-        .map(|(service, selected)| endpoints::members(&trust_domain, service, selected, &by_address))
+        .map(|(service, selected)| endpoints::members(&trust_domain, service, selected, &known))
         .collect();
     let here = workloads.iter().find(|workload| Some(&*workload.node) == node);
-    let place = Place {
-        node,
-        zone: here.map_or("", |workload| &workload.zone),
-    };
-    let backends = compile_backends(place, &services, &members, &policies);
-    let tables = routes::compile(&policies, &services, &backends);
+    let zone = here.map_or_else(Arc::default, |workload| workload.zone.clone());
+    let place = Place { node, zone: &zone };
+    let mut traffic = TrafficCompiler::new(&policies.traffic);
+    let mut backends = Backends::with_capacity(services.len());
+    for (service, members) in services.iter().zip(&members) {
+        let subsets = subsets.get(&service.name).map(Vec::as_slice).unwrap_or_default();
+        let settings = |port: &ServicePort| traffic.settings(service, port);
+        add_backends(&mut backends, place, service, members, subsets, settings);
+    }
+    let by_name: HashMap<&ObjectName, &Arc<Service>> =
+        services.iter().map(|service| (&service.name, service)).collect();
+    let find = |name: &ObjectName| by_name.get(name).map(|service| Arc::clone(service));
+    let tables = routes::compile(&policies, &find, &backends, None);
+    let mut compiler = InboundCompiler::new(&policies);
+    let limits = policies.limits.iter().flat_map(compile_limits);
     let mut view = View {
         trust_domain,
         revision,
-        workloads: HashMap::with_capacity(workloads.len()),
-        workloads_by_address: by_address.by_address(),
-        workloads_by_host: HashMap::new(),
-        node_addresses: HashSet::new(),
-        workloads_by_node: HashMap::new(),
-        services: HashMap::with_capacity(services.len()),
-        ports_by_address: HashMap::with_capacity(services.len()),
-        services_by_address: HashMap::with_capacity(services.len()),
-        ports_by_external_address: HashMap::new(),
-        ports_by_node_port: HashMap::new(),
-        inbound: compile_inbound(revision, &services, &workloads, &selected, &members, &policies),
-        inbound_of_unknown: inbound_of_unknown(revision),
-        backends: backends.values().cloned().collect(),
-        limits: policies
-            .limits
-            .iter()
-            .flat_map(compile_limits)
-            .map(|limit| limit.id)
-            .collect(),
+        inbound: compile_inbound(&mut compiler, &services, &workloads, &selected, &members),
+        workloads: known.by_name.clone(),
+        workloads_by_address: known.by_address.clone(),
+        workloads_by_host: SharedMap::default(),
+        node_addresses: Arc::default(),
+        workloads_by_node: SharedMap::default(),
+        services: SharedMap::with_capacity(services.len()),
+        ports_by_address: SharedMap::with_capacity(services.len()),
+        services_by_address: SharedMap::with_capacity(services.len()),
+        ports_by_external_address: SharedMap::default(),
+        ports_by_node_port: SharedMap::default(),
+        inbound_of_unknown: inbound_of_unknown(),
+        backends,
+        limits: Arc::new(limits.map(|limit| limit.id).collect()),
     };
-    drop((members, by_address));
-    for workload in workloads {
+    compiler.end_revision();
+    drop(members);
+    for workload in &workloads {
         index_workload(&mut view, workload);
     }
-    for service in services {
-        index_service(&mut view, service, &backends, &tables);
+    for service in &services {
+        index_service(&mut view, service, &tables);
     }
-    view
+    let picked = services.iter().zip(selected);
+    let parts = Parts {
+        selected: picked
+            .map(|(service, selected)| (service.name.clone(), Arc::new(selected)))
+            .collect(),
+        documents: documents.into(),
+        tables: Arc::new(tables),
+        subsets: Arc::new(subsets),
+        contended: Arc::new(contended),
+        zone,
+    };
+    (view, parts, compiler)
+}
+
+/// The subsets of each service, in order of their names.
+fn subsets_of(policies: &Policies<'_>) -> HashMap<ObjectName, Vec<Subset>> {
+    let mut subsets: HashMap<ObjectName, Vec<Subset>> = HashMap::new();
+    for subset in &policies.subsets {
+        let service = ObjectName {
+            namespace: subset.name.namespace.clone(),
+            name: subset.spec.service.as_str().into(),
+        };
+        subsets.entry(service).or_default().push(Subset {
+            name: subset.name.name.clone(),
+            labels: subset.spec.labels.clone().into_iter().collect(),
+        });
+    }
+    subsets
 }
 
 impl<'a> Policies<'a> {
+    /// From documents in order of their keys.
+    pub fn new(documents: &'a [Arc<Document>]) -> Policies<'a> {
+        let mut policies = Policies::default();
+        for document in documents {
+            policies.push(document);
+        }
+        policies
+    }
+
     fn push(&mut self, document: &'a Document) {
         let meta = document.meta();
         let name = ObjectName {
@@ -166,53 +238,43 @@ impl<'a> Policies<'a> {
     }
 }
 
-fn compile_backends(
+/// The backends of a service: of each port, and of each subset there.
+pub(super) fn add_backends(
+    backends: &mut Backends,
     place: Place<'_>,
-    services: &[Arc<Service>],
-    members: &[Vec<Member<'_>>],
-    policies: &Policies<'_>,
-) -> Backends {
-    let mut subsets: HashMap<(&str, &str), Vec<&Named<'_, ServiceSubset>>> = HashMap::new();
-    for subset in &policies.subsets {
-        subsets
-            .entry((&subset.name.namespace, &subset.spec.service))
-            .or_default()
-            .push(subset);
-    }
-    let mut traffic = TrafficCompiler::new(&policies.traffic);
-    let mut backends = Backends::new();
-    for (service, members) in services.iter().zip(members) {
-        let subsets = subsets.get(&(&*service.name.namespace, &*service.name.name));
-        for port in &service.ports {
-            let settings = traffic.settings(service, port);
-            let mut add = |subset: Option<&Named<'_, ServiceSubset>>| {
-                let labels = subset.map(|subset| &subset.spec.labels);
-                let is_in = |member: &&Member<'_>| {
-                    labels.is_none_or(|labels| labels.iter().all(|(k, v)| has_label(&member.workload, k, v)))
-                };
-                let chosen: Vec<&Member<'_>> = members.iter().filter(is_in).collect();
-                let key = BackendKey {
-                    service: service.name.clone(),
-                    port: port.port,
-                    subset: subset.map(|subset| subset.name.name.clone()),
-                };
-                let backend = Backend {
-                    key: key.clone(),
-                    service: service.clone(),
-                    protocol: port.protocol,
-                    endpoints_v4: endpoints(place, service, port, &chosen, false),
-                    endpoints_v6: endpoints(place, service, port, &chosen, true),
-                    traffic: settings.clone(),
-                };
-                backends.insert(key, Arc::new(backend));
+    service: &Arc<Service>,
+    members: &[Member<'_>],
+    subsets: &[Subset],
+    mut settings: impl FnMut(&ServicePort) -> Arc<TrafficSettings>,
+) {
+    for port in &service.ports {
+        let settings = settings(port);
+        let mut add = |subset: Option<&Subset>| {
+            let is_in = |member: &&Member<'_>| {
+                let mut labels = subset.iter().flat_map(|subset| &subset.labels);
+                labels.all(|(k, v)| has_label(&member.workload, k, v))
             };
-            add(None);
-            for subset in subsets.into_iter().flatten() {
-                add(Some(subset));
-            }
+            let chosen: Vec<&Member<'_>> = members.iter().filter(is_in).collect();
+            let key = BackendKey {
+                service: service.name.clone(),
+                port: port.port,
+                subset: subset.map(|subset| subset.name.clone()),
+            };
+            let backend = Backend {
+                key: key.clone(),
+                service: service.clone(),
+                protocol: port.protocol,
+                endpoints_v4: endpoints(place, service, port, &chosen, false),
+                endpoints_v6: endpoints(place, service, port, &chosen, true),
+                traffic: settings.clone(),
+            };
+            backends.insert(key, Arc::new(backend));
+        };
+        add(None);
+        for subset in subsets {
+            add(Some(subset));
         }
     }
-    backends
 }
 
 fn has_label(workload: &Workload, key: &str, value: &str) -> bool {
@@ -220,47 +282,56 @@ fn has_label(workload: &Workload, key: &str, value: &str) -> bool {
 }
 
 fn compile_inbound(
-    revision: Revision,
+    compiler: &mut InboundCompiler,
     services: &[Arc<Service>],
     workloads: &[Arc<Workload>],
     selected: &[Vec<Arc<Workload>>],
     members: &[Vec<Member<'_>>],
-    policies: &Policies<'_>,
-) -> HashMap<ObjectName, InboundSet> {
+) -> SharedMap<ObjectName, Arc<InboundSet>> {
     let mut served: HashMap<&ObjectName, Vec<Served<'_>>> = HashMap::new();
     for ((service, selected), members) in services.iter().zip(selected).zip(members) {
-        for port in &service.ports {
-            // Whom the selector picks is guarded by the service's policies before a slice names it.
-            for workload in selected {
-                if let Some(target) = workload.target_port(&port.target) {
-                    add_served(&mut served, &workload.name, Served { service, port, target });
-                }
-            }
-            // A slice may name any address. Policies of a service hold for pods of its own namespace only: whoever may
-            // write slices and policies in one namespace has no say about another's pods.
-            let own = members
-                .iter()
-                .filter(|member| member.workload.name.namespace == service.name.namespace)
-                .filter(|member| member.workload.identity.kind() == IdentityKind::Workload);
-            for member in own {
-                if let Some(target) = member.target(port) {
-                    add_served(&mut served, &member.workload.name, Served { service, port, target });
-                }
-            }
-        }
+        serve(service, selected, members, |workload, one| {
+            add_served(served.entry(workload).or_default(), one);
+        });
     }
-    let mut compiler = InboundCompiler::new(revision, policies);
-    let mut inbound = HashMap::with_capacity(workloads.len());
+    let mut inbound = SharedMap::with_capacity(workloads.len());
     for workload in workloads {
         let served = served.get(&workload.name).map(Vec::as_slice).unwrap_or_default();
-        inbound.insert(workload.name.clone(), compiler.workload(workload, served));
+        inbound.insert(workload.name.clone(), Arc::new(compiler.workload(workload, served)));
     }
     inbound
 }
 
+/// Tells which workload serves which port of a service.
+pub(super) fn serve<'a>(
+    service: &'a Arc<Service>,
+    selected: &'a [Arc<Workload>],
+    members: &'a [Member<'_>],
+    mut tell: impl FnMut(&'a ObjectName, Served<'a>),
+) {
+    for port in &service.ports {
+        // Whom the selector picks is guarded by the service's policies before a slice names it.
+        for workload in selected {
+            if let Some(target) = workload.target_port(&port.target) {
+                tell(&workload.name, Served { service, port, target });
+            }
+        }
+        // A slice may name any address. Policies of a service hold for pods of its own namespace only: whoever may
+        // write slices and policies in one namespace has no say about another's pods.
+        let own = members
+            .iter()
+            .filter(|member| member.workload.name.namespace == service.name.namespace)
+            .filter(|member| member.workload.identity.kind() == IdentityKind::Workload);
+        for member in own {
+            if let Some(target) = member.target(port) {
+                tell(&member.workload.name, Served { service, port, target });
+            }
+        }
+    }
+}
+
 /// Adds it unless it is there: a workload may be picked by the selector and by slices.
-fn add_served<'a>(served: &mut HashMap<&'a ObjectName, Vec<Served<'a>>>, workload: &'a ObjectName, one: Served<'a>) {
-    let list = served.entry(workload).or_default();
+pub(super) fn add_served<'a>(list: &mut Vec<Served<'a>>, one: Served<'a>) {
     // What a service adds stands at the list's end.
     let mut own = list
         .iter()
@@ -271,25 +342,58 @@ fn add_served<'a>(served: &mut HashMap<&'a ObjectName, Vec<Served<'a>>>, workloa
     }
 }
 
-fn index_workload(view: &mut View, workload: Arc<Workload>) {
+/// Lists stay in order of names, in whatever order workloads come.
+fn insert_by_name(list: &mut Vec<Arc<Workload>>, workload: &Arc<Workload>) {
+    let at = list.partition_point(|other| other.name < workload.name);
+    list.insert(at, workload.clone());
+}
+
+/// Enters a workload where nodes are looked up.
+pub(super) fn index_workload(view: &mut View, workload: &Arc<Workload>) {
     for address in &workload.node_addresses {
-        view.node_addresses.insert(address.to_canonical());
+        if !view.node_addresses.contains(&address.to_canonical()) {
+            Arc::make_mut(&mut view.node_addresses).insert(address.to_canonical());
+        }
     }
     if workload.enrolled && workload.host_network {
         // What the pod's status calls its addresses are the node's: only if both agree, somebody comes from there.
         for address in &workload.node_addresses {
-            let at = view.workloads_by_host.entry(address.to_canonical()).or_default();
-            at.push(workload.clone());
+            enter(&mut view.workloads_by_host, address.to_canonical(), workload);
         }
     }
-    view.workloads_by_node
-        .entry(workload.node.clone())
-        .or_default()
-        .push(workload.clone());
-    view.workloads.insert(workload.name.clone(), workload);
+    enter(&mut view.workloads_by_node, workload.node.clone(), workload);
 }
 
-fn index_service(view: &mut View, service: Arc<Service>, backends: &Backends, tables: &routes::Tables) {
+/// Takes a workload out from where nodes are looked up. Its node's addresses stay.
+pub(super) fn forget_workload(view: &mut View, workload: &Workload) {
+    if workload.enrolled && workload.host_network {
+        for address in &workload.node_addresses {
+            leave(&mut view.workloads_by_host, &address.to_canonical(), workload);
+        }
+    }
+    leave(&mut view.workloads_by_node, &workload.node, workload);
+}
+
+type Lists<K> = SharedMap<K, Arc<Vec<Arc<Workload>>>>;
+
+fn enter<K: Hash + Eq + Clone>(lists: &mut Lists<K>, key: K, workload: &Arc<Workload>) {
+    match lists.get_mut(&key) {
+        Some(list) => insert_by_name(Arc::make_mut(list), workload),
+        None => drop(lists.insert(key, Arc::new(vec![workload.clone()]))),
+    }
+}
+
+fn leave<K: Hash + Eq + Clone>(lists: &mut Lists<K>, key: &K, workload: &Workload) {
+    if let Some(list) = lists.get_mut(key) {
+        Arc::make_mut(list).retain(|other| other.name != workload.name);
+        if list.is_empty() {
+            lists.remove(key);
+        }
+    }
+}
+
+/// The view of a service, with whatever leads to it.
+pub(super) fn index_service(view: &mut View, service: &Arc<Service>, tables: &Tables) {
     let mut ports = Vec::with_capacity(service.ports.len());
     for port in &service.ports {
         let key = BackendKey {
@@ -297,7 +401,7 @@ fn index_service(view: &mut View, service: Arc<Service>, backends: &Backends, ta
             port: port.port,
             subset: None,
         };
-        let Some(backend) = backends.get(&key) else {
+        let Some(backend) = view.backends.get(&key) else {
             continue;
         };
         let port_view = Arc::new(ServicePortView {
@@ -309,28 +413,41 @@ fn index_service(view: &mut View, service: Arc<Service>, backends: &Backends, ta
         });
         for address in &service.addresses {
             let address = SocketAddr::new(address.to_canonical(), port.port);
-            view.ports_by_address
-                .entry(address)
-                .or_insert_with(|| port_view.clone());
+            claim(&mut view.ports_by_address, address, &port_view, is_of(&port_view));
         }
         for address in &service.external_addresses {
             let address = SocketAddr::new(address.to_canonical(), port.port);
-            view.ports_by_external_address
-                .entry(address)
-                .or_insert_with(|| port_view.clone());
+            claim(
+                &mut view.ports_by_external_address,
+                address,
+                &port_view,
+                is_of(&port_view),
+            );
         }
         if let Some(number) = port.node_port {
-            view.ports_by_node_port
-                .entry(number)
-                .or_insert_with(|| port_view.clone());
+            claim(&mut view.ports_by_node_port, number, &port_view, is_of(&port_view));
         }
         ports.push(port_view);
     }
     for address in &service.addresses {
-        view.services_by_address
-            .entry(address.to_canonical())
-            .or_insert_with(|| service.clone());
+        let same = |held: &Arc<Service>| held.name == service.name;
+        claim(&mut view.services_by_address, address.to_canonical(), service, same);
     }
-    let name = service.name.clone();
-    view.services.insert(name, Arc::new(ServiceView { service, ports }));
+    let of_service = ServiceView {
+        service: service.clone(),
+        ports,
+    };
+    view.services.insert(service.name.clone(), Arc::new(of_service));
+}
+
+/// Whether somebody holds what this port had in the view before.
+fn is_of(port: &ServicePortView) -> impl Fn(&Arc<ServicePortView>) -> bool {
+    |held| held.service.name == port.service.name && held.port == port.port
+}
+
+/// The first who claims a key has it, and has it anew.
+fn claim<K: Hash + Eq + Clone, V: Clone>(map: &mut SharedMap<K, V>, key: K, value: &V, own: impl Fn(&V) -> bool) {
+    if map.get(&key).is_none_or(own) {
+        map.insert(key, value.clone());
+    }
 }

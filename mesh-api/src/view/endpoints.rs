@@ -5,14 +5,15 @@
 //! is in the mesh or not.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use crate::{
     identity::TrustDomain,
-    workload::{Endpoint, Service, ServiceEndpoint, ServicePort, Workload},
+    shared_map::SharedMap,
+    workload::{Endpoint, ObjectName, Service, ServiceEndpoint, ServicePort, Workload},
 };
 
 /// Whose view is compiled.
@@ -25,9 +26,10 @@ pub(super) struct Place<'a> {
 }
 
 /// The workloads by name and by the addresses that are their own.
-pub(super) struct Workloads<'a> {
-    by_name: HashMap<(&'a str, &'a str), &'a Arc<Workload>>,
-    by_address: HashMap<IpAddr, &'a Arc<Workload>>,
+#[derive(Clone, Debug, Default)]
+pub(super) struct Workloads {
+    pub by_name: SharedMap<ObjectName, Arc<Workload>>,
+    pub by_address: SharedMap<IpAddr, Arc<Workload>>,
 }
 
 /// A workload, or a stand-in, that serves a service.
@@ -44,34 +46,30 @@ struct Slice<'a> {
     endpoint: &'a ServiceEndpoint,
 }
 
-impl<'a> Workloads<'a> {
-    /// Ordered by name.
-    pub fn new(workloads: &'a [Arc<Workload>]) -> Workloads<'a> {
+impl Workloads {
+    /// From workloads ordered by name, and the addresses that several claim.
+    pub fn new(workloads: &[Arc<Workload>]) -> (Workloads, HashSet<IpAddr>) {
         let mut all = Workloads {
-            by_name: HashMap::with_capacity(workloads.len()),
-            by_address: HashMap::with_capacity(workloads.len()),
+            by_name: SharedMap::with_capacity(workloads.len()),
+            by_address: SharedMap::with_capacity(workloads.len()),
         };
+        let mut contended = HashSet::new();
         for workload in workloads {
-            let name = &workload.name;
-            all.by_name.insert((&name.namespace, &name.name), workload);
+            all.by_name.insert(workload.name.clone(), workload.clone());
             for address in own_addresses(workload) {
                 // Two workloads may claim an address while one replaces the other: the enrolled one has it, then the
                 // ready one, then the first by name.
                 let rank = |workload: &Workload| (workload.enrolled, workload.ready);
                 let held = all.by_address.get(&address);
+                if held.is_some() {
+                    contended.insert(address);
+                }
                 if held.is_none_or(|holder| rank(holder) < rank(workload)) {
-                    all.by_address.insert(address, workload);
+                    all.by_address.insert(address, workload.clone());
                 }
             }
         }
-        all
-    }
-
-    /// Who has which address.
-    pub fn by_address(&self) -> HashMap<IpAddr, Arc<Workload>> {
-        let held = self.by_address.iter();
-        held.map(|(address, workload)| (*address, Arc::clone(workload)))
-            .collect()
+        (all, contended)
     }
 
     /// Who listens at an endpoint; `None` where the slice and the workloads contradict each other: nothing is sent to an
@@ -80,11 +78,15 @@ impl<'a> Workloads<'a> {
         let address = endpoint.address.to_canonical();
         let Some(name) = &endpoint.workload else {
             // Whoever has the address is spoken to as what it is, whatever the slice calls it.
-            let known = self.by_address.get(&address).map(|workload| Arc::clone(workload));
+            let known = self.by_address.get(&address).cloned();
             let stand_in = || Workload::outside(domain, &service.name, address, endpoint.node.clone());
             return Some(known.unwrap_or_else(|| Arc::new(stand_in())));
         };
-        let workload = self.by_name.get(&(&*service.name.namespace, &**name))?;
+        let pod = ObjectName {
+            namespace: service.name.namespace.clone(),
+            name: name.clone(),
+        };
+        let workload = self.by_name.get(&pod)?;
         let known = &workload.addresses;
         let has_it = known.is_empty() || known.iter().any(|one| one.to_canonical() == address);
         has_it.then(|| Arc::clone(workload))
@@ -130,7 +132,7 @@ pub(super) fn members<'a>(
     domain: &TrustDomain,
     service: &'a Service,
     selected: &[Arc<Workload>],
-    workloads: &Workloads<'_>,
+    workloads: &Workloads,
 ) -> Vec<Member<'a>> {
     let Some(groups) = &service.endpoints else {
         let picked = |workload: &Arc<Workload>| Member {

@@ -15,12 +15,14 @@ use super::{
 };
 use crate::{
     authz::{AccessRules, InboundPolicy, NamedRule},
-    document::Unreadable,
-    policy::{AccessAction, AccessPolicy, AccessRule, MeshPolicy, MtlsMode, RateLimit},
+    policy::{AccessAction, AccessPolicy, AccessRule, MtlsMode, MtlsSettings, RateLimit},
     resilience::LimitSettings,
     rule::RuleId,
     workload::{AppProtocol, Revision, Service, Workload},
 };
+
+/// Sets of policies that are remembered for sharing.
+const SHARED_MAX: usize = 50_000;
 
 /// The policies of one workload.
 #[derive(Clone, Debug)]
@@ -38,44 +40,62 @@ impl InboundSet {
     }
 }
 
-/// Compiles workload after workload and shares what is equal.
-pub(super) struct InboundCompiler<'a> {
-    revision: Revision,
-    mesh: &'a [Named<'a, MeshPolicy>],
-    mesh_targets: Targets<'a>,
+/// Compiles workload after workload and shares what is equal. It holds what it needs of the policies, so that it serves
+/// for revision after revision while they stay.
+#[derive(Debug)]
+pub(super) struct InboundCompiler {
+    mesh: Vec<Option<MtlsSettings>>,
+    mesh_targets: Targets,
     access: Vec<CompiledAccess>,
-    access_targets: Targets<'a>,
+    access_targets: Targets,
     limits: Vec<Vec<LimitSettings>>,
-    limit_targets: Targets<'a>,
-    unreadable: &'a [Named<'a, Unreadable>],
-    unreadable_targets: Targets<'a>,
+    limit_targets: Targets,
+    unreadable: Vec<RuleId>,
+    unreadable_targets: Targets,
     shared_access: HashMap<(Vec<usize>, Option<RuleId>), Arc<AccessRules>>,
     shared_limits: HashMap<Vec<usize>, Arc<[LimitSettings]>>,
-    shared_services: HashMap<Vec<*const Service>, Arc<[Arc<Service>]>>,
+    /// By where the services lie: they live as long as the entry, so that no other can lie there.
+    shared_services: HashMap<Vec<usize>, Arc<[Arc<Service>]>>,
 }
 
 /// An AccessPolicy with its rules named.
+#[derive(Debug)]
 struct CompiledAccess {
     action: AccessAction,
     default_deny: RuleId,
     rules: Vec<NamedRule>,
 }
 
-impl<'a> InboundCompiler<'a> {
-    pub fn new(revision: Revision, policies: &'a Policies<'a>) -> InboundCompiler<'a> {
+impl InboundCompiler {
+    pub fn new(policies: &Policies<'_>) -> InboundCompiler {
+        let unreadable = |policy: &Named<'_, crate::document::Unreadable>| {
+            let kind = policy.spec.kind.as_str().to_ascii_lowercase();
+            RuleId::new(&format!("unreadable:{kind}/{}", policy.name))
+        };
         InboundCompiler {
-            revision,
-            mesh: &policies.mesh,
+            mesh: policies.mesh.iter().map(|p| p.spec.mtls.clone()).collect(),
             mesh_targets: Targets::new(policies.mesh.iter().map(|p| &*p.spec.target_refs)),
             access: policies.access.iter().map(compile_access).collect(),
             access_targets: Targets::new(policies.access.iter().map(|p| &*p.spec.target_refs)),
             limits: policies.limits.iter().map(compile_limits).collect(),
             limit_targets: Targets::new(policies.limits.iter().map(|p| &*p.spec.target_refs)),
-            unreadable: &policies.unreadable,
+            unreadable: policies.unreadable.iter().map(unreadable).collect(),
             unreadable_targets: Targets::new(policies.unreadable.iter().map(|p| &*p.spec.targets)),
             shared_access: HashMap::new(),
             shared_limits: HashMap::new(),
             shared_services: HashMap::new(),
+        }
+    }
+
+    /// Forgets what only workloads of one revision share.
+    pub fn end_revision(&mut self) {
+        self.shared_services.clear();
+        // Sets of policies are as many as there are kinds of workloads; what is more than that is of workloads long gone.
+        if self.shared_access.len() > SHARED_MAX {
+            self.shared_access.clear();
+        }
+        if self.shared_limits.len() > SHARED_MAX {
+            self.shared_limits.clear();
         }
     }
 
@@ -95,12 +115,14 @@ impl<'a> InboundCompiler<'a> {
         );
         ports.extend(
             mesh.iter()
-                .filter_map(|one| self.mesh.get(one.policy))
-                .flat_map(|policy| policy.spec.mtls.iter().flat_map(|mtls| mtls.ports.keys().copied())),
+                .filter_map(|one| self.mesh.get(one.policy)?.as_ref())
+                .flat_map(|mtls| mtls.ports.keys().copied()),
         );
         let mut at = |port: Option<u16>| InboundPolicy {
+            // Filled in by the view that hands it out.
+            revision: Revision::default(),
             port: port.unwrap_or_default(),
-            mtls: mtls_mode(self.mesh, &mesh, port),
+            mtls: mtls_mode(&self.mesh, &mesh, port),
             access: self.access_rules(&policies_at(&access, port), &policies_at(&unreadable, port)),
             limits: self.limit_settings(&policies_at(&limits, port)),
             protocol: protocol(workload, served, port),
@@ -113,11 +135,10 @@ impl<'a> InboundCompiler<'a> {
     }
 
     fn access_rules(&mut self, policies: &[usize], unreadable: &[usize]) -> Arc<AccessRules> {
-        let unreadable = unreadable.first().and_then(|&index| self.unreadable.get(index));
-        let unreadable = unreadable.map(|policy| {
-            let kind = policy.spec.kind.as_str().to_ascii_lowercase();
-            RuleId::new(&format!("unreadable:{kind}/{}", policy.name))
-        });
+        let unreadable = unreadable
+            .first()
+            .and_then(|&index| self.unreadable.get(index))
+            .cloned();
         let key = (policies.to_vec(), unreadable.clone());
         if let Some(shared) = self.shared_access.get(&key) {
             return shared.clone();
@@ -132,7 +153,7 @@ impl<'a> InboundCompiler<'a> {
                 }
             }
         }
-        let rules = AccessRules::new(self.revision, deny, allow, default_deny).under_unreadable(unreadable);
+        let rules = AccessRules::new(deny, allow, default_deny).under_unreadable(unreadable);
         let rules = Arc::new(rules);
         self.shared_access.insert(key, rules.clone());
         rules
@@ -160,7 +181,7 @@ impl<'a> InboundCompiler<'a> {
             .map(|one| one.service)
             .collect();
         services.dedup_by(|a, b| Arc::ptr_eq(a, b));
-        let key: Vec<*const Service> = services.iter().map(|service| Arc::as_ptr(service)).collect();
+        let key: Vec<usize> = services.iter().map(|service| Arc::as_ptr(service).addr()).collect();
         let shared = self.shared_services.entry(key);
         shared
             .or_insert_with(|| services.into_iter().cloned().collect())
@@ -208,7 +229,7 @@ fn policies_at(applied: &[Applied], port: Option<u16>) -> Vec<usize> {
 
 /// The mode of the most specific policy that says one. At one level a word on the port beats a word on all ports,
 /// and of several equal ones the strictest holds.
-fn mtls_mode(policies: &[Named<'_, MeshPolicy>], applied: &[Applied], port: Option<u16>) -> MtlsMode {
+fn mtls_mode(policies: &[Option<MtlsSettings>], applied: &[Applied], port: Option<u16>) -> MtlsMode {
     let strictness = |mode: &MtlsMode| match mode {
         MtlsMode::Off => 0,
         MtlsMode::Permissive => 1,
@@ -218,7 +239,7 @@ fn mtls_mode(policies: &[Named<'_, MeshPolicy>], applied: &[Applied], port: Opti
         let here = || {
             let holds = |one: &&Applied| one.level == level && (one.port.is_none() || one.port == port);
             let policies = applied.iter().filter(holds).filter_map(|one| policies.get(one.policy));
-            policies.filter_map(|policy| policy.spec.mtls.as_ref())
+            policies.filter_map(Option::as_ref)
         };
         let on_port = here()
             .filter_map(|mtls| mtls.ports.get(&port?).copied())

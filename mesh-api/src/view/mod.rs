@@ -13,6 +13,7 @@
 
 mod attach;
 mod compile;
+mod compiler;
 mod endpoints;
 pub(crate) mod grants;
 mod inbound;
@@ -20,11 +21,12 @@ pub(crate) mod routes;
 mod settings;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
+pub use self::compiler::ViewCompiler;
 use self::inbound::InboundSet;
 use crate::{
     authz::AccessRules,
@@ -32,6 +34,7 @@ use crate::{
     identity::{SpiffeId, TrustDomain},
     policy::MtlsMode,
     route::{FlowTable, RouteTable, RuleId},
+    shared_map::SharedMap,
     workload::{AppProtocol, Endpoint, ObjectName, Revision, Service, ServicePort, Workload},
 };
 pub use crate::{
@@ -44,22 +47,22 @@ pub use crate::{
 pub struct View {
     trust_domain: TrustDomain,
     revision: Revision,
-    workloads: HashMap<ObjectName, Arc<Workload>>,
-    workloads_by_address: HashMap<IpAddr, Arc<Workload>>,
+    workloads: SharedMap<ObjectName, Arc<Workload>>,
+    workloads_by_address: SharedMap<IpAddr, Arc<Workload>>,
     /// Enrolled workloads with their node's network, by the node's addresses.
-    workloads_by_host: HashMap<IpAddr, Vec<Arc<Workload>>>,
-    workloads_by_node: HashMap<Arc<str>, Vec<Arc<Workload>>>,
-    services: HashMap<ObjectName, Arc<ServiceView>>,
-    ports_by_address: HashMap<SocketAddr, Arc<ServicePortView>>,
-    services_by_address: HashMap<IpAddr, Arc<Service>>,
-    ports_by_external_address: HashMap<SocketAddr, Arc<ServicePortView>>,
-    ports_by_node_port: HashMap<u16, Arc<ServicePortView>>,
+    workloads_by_host: SharedMap<IpAddr, Arc<Vec<Arc<Workload>>>>,
+    workloads_by_node: SharedMap<Arc<str>, Arc<Vec<Arc<Workload>>>>,
+    services: SharedMap<ObjectName, Arc<ServiceView>>,
+    ports_by_address: SharedMap<SocketAddr, Arc<ServicePortView>>,
+    services_by_address: SharedMap<IpAddr, Arc<Service>>,
+    ports_by_external_address: SharedMap<SocketAddr, Arc<ServicePortView>>,
+    ports_by_node_port: SharedMap<u16, Arc<ServicePortView>>,
     /// Of every node that a workload runs on.
-    node_addresses: HashSet<IpAddr>,
-    inbound: HashMap<ObjectName, InboundSet>,
+    node_addresses: Arc<HashSet<IpAddr>>,
+    inbound: SharedMap<ObjectName, Arc<InboundSet>>,
     inbound_of_unknown: InboundPolicy,
-    backends: Vec<Arc<Backend>>,
-    limits: Vec<RuleId>,
+    backends: SharedMap<BackendKey, Arc<Backend>>,
+    limits: Arc<HashSet<RuleId>>,
 }
 
 /// What an original destination is.
@@ -108,13 +111,13 @@ impl View {
     /// The view of these resources; of two with one key the later counts. It is nobody's in particular: services have
     /// all their endpoints.
     pub fn compile(trust_domain: TrustDomain, revision: Revision, resources: &[Resource]) -> View {
-        compile::compile(trust_domain, revision, resources, None)
+        compile_slice(None, trust_domain, revision, resources)
     }
 
     /// The view as the sources on that node see it: services that are node-local, or whose endpoints are meant for zones
     /// or nodes, have the endpoints that they have there.
     pub fn compile_on(node: &str, trust_domain: TrustDomain, revision: Revision, resources: &[Resource]) -> View {
-        compile::compile(trust_domain, revision, resources, Some(node))
+        compile_slice(Some(node), trust_domain, revision, resources)
     }
 
     /// The mesh's trust domain.
@@ -140,7 +143,7 @@ impl View {
         let hosted = self.workloads_by_host.get(&ip);
         let own = self.workloads_by_address.get(&ip);
         own.into_iter()
-            .chain(hosted.into_iter().flatten())
+            .chain(hosted.into_iter().flat_map(|list| list.iter()))
             .find(|workload| workload.identity == *identity)
     }
 
@@ -162,11 +165,8 @@ impl View {
 
     /// The workloads of a node, ordered by name.
     pub fn workloads_on(&self, node: &str) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
-        self.workloads_by_node
-            .get(node)
-            .map(Vec::as_slice)
-            .unwrap_or_default()
-            .iter()
+        let list = self.workloads_by_node.get(node);
+        list.map(|list| list.as_slice()).unwrap_or_default().iter()
     }
 
     /// The service of that name.
@@ -179,14 +179,14 @@ impl View {
         self.services.values()
     }
 
-    /// Every backend that a request can be sent to: whose state an agent may keep.
-    pub fn backends(&self) -> impl ExactSizeIterator<Item = &Arc<Backend>> {
-        self.backends.iter()
+    /// A backend that a request can be sent to: whose state an agent may keep.
+    pub fn backend(&self, key: &BackendKey) -> Option<&Arc<Backend>> {
+        self.backends.get(key)
     }
 
-    /// Every limit: whose buckets an agent may keep.
-    pub fn limits(&self) -> impl ExactSizeIterator<Item = &RuleId> {
-        self.limits.iter()
+    /// Whether there is such a limit: whose buckets an agent may keep.
+    pub fn has_limit(&self, id: &RuleId) -> bool {
+        self.limits.contains(id)
     }
 
     /// What an original destination is.
@@ -222,6 +222,7 @@ impl View {
             None => self.inbound_of_unknown.clone(),
         };
         policy.port = port;
+        policy.revision = self.revision;
         policy
     }
 }
@@ -250,12 +251,19 @@ impl ServiceView {
     }
 }
 
+fn compile_slice(node: Option<&str>, trust_domain: TrustDomain, revision: Revision, resources: &[Resource]) -> View {
+    // Of two with one key the later counts.
+    let by_key: SharedMap<_, _> = resources.iter().map(|resource| (resource.key(), resource)).collect();
+    compile::compile(trust_domain, revision, by_key.values().copied(), node).0
+}
+
 /// What holds at a destination that the view does not know: nothing is let in.
-fn inbound_of_unknown(revision: Revision) -> InboundPolicy {
+fn inbound_of_unknown() -> InboundPolicy {
     InboundPolicy {
+        revision: Revision::default(),
         port: 0,
         mtls: MtlsMode::Strict,
-        access: Arc::new(AccessRules::unknown_workload(revision)),
+        access: Arc::new(AccessRules::unknown_workload()),
         limits: Arc::default(),
         protocol: AppProtocol::Detect,
         services: Arc::default(),

@@ -1,7 +1,10 @@
 //! Routes as tables: requests by HTTPRoutes and GRPCRoutes, connections by TCPRoutes and TLSRoutes. One table of each
 //! per service port that has such routes.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use super::{
     BackendKey,
@@ -24,10 +27,12 @@ use crate::{
 };
 
 /// Tables by the key of the port's own backend.
-#[derive(Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Tables {
     pub requests: HashMap<BackendKey, Arc<RouteTable>>,
     pub flows: HashMap<BackendKey, Arc<FlowTable>>,
+    /// The ports whose tables have backends of a service.
+    pub users: HashMap<ObjectName, BTreeSet<BackendKey>>,
 }
 
 /// The rules of one port.
@@ -41,38 +46,55 @@ struct ByPort<E>(HashMap<BackendKey, Entries<E>>);
 
 /// What rules of routes may name.
 struct Known<'a> {
-    services: HashMap<(&'a str, &'a str), &'a Arc<Service>>,
+    services: &'a dyn Fn(&ObjectName) -> Option<Arc<Service>>,
     /// The name of each subset's service.
     subsets: HashMap<(&'a str, &'a str), &'a str>,
     backends: &'a Backends,
     grants: Grants<'a>,
+    /// The ports whose tables are wanted; `None`: all.
+    only: Option<&'a BTreeSet<BackendKey>>,
 }
 
-pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backends: &Backends) -> Tables {
-    let by_name = services
-        .iter()
-        .map(|service| ((&*service.name.namespace, &*service.name.name), service));
+/// The tables of all ports, or of some.
+pub(super) fn compile(
+    policies: &Policies<'_>,
+    services: &dyn Fn(&ObjectName) -> Option<Arc<Service>>,
+    backends: &Backends,
+    only: Option<&BTreeSet<BackendKey>>,
+) -> Tables {
     let subsets = policies.subsets.iter();
     let grants = policies.grants.iter();
     let known = Known {
-        services: by_name.collect(),
+        services,
         subsets: subsets
             .map(|s| ((&*s.name.namespace, &*s.name.name), s.spec.service.as_str()))
             .collect(),
         backends,
         grants: Grants::new(grants.map(|grant| (&*grant.name.namespace, grant.spec))),
+        only,
     };
+    let mut users = HashMap::new();
 
     let mut requests = ByPort(HashMap::new());
     for route in &policies.routes {
-        let rules = route.spec.rules.iter().enumerate();
-        let entries = rules.map(|(index, rule)| http_entry(&known, route, index, rule));
-        requests.attach(route, &route.spec.parent_refs, &known, entries.collect());
+        let named = || route.spec.backends();
+        let at = known.attached(&mut users, &route.name, &route.spec.parent_refs, named);
+        requests.attach(&route.name, at, || {
+            let rules = route.spec.rules.iter().enumerate();
+            rules
+                .map(|(index, rule)| http_entry(&known, route, index, rule))
+                .collect()
+        });
     }
     for route in &policies.grpc_routes {
-        let rules = route.spec.rules.iter().enumerate();
-        let entries = rules.map(|(index, rule)| grpc_entry(&known, route, index, rule));
-        requests.attach(route, &route.spec.parent_refs, &known, entries.collect());
+        let named = || route.spec.backends();
+        let at = known.attached(&mut users, &route.name, &route.spec.parent_refs, named);
+        requests.attach(&route.name, at, || {
+            let rules = route.spec.rules.iter().enumerate();
+            rules
+                .map(|(index, rule)| grpc_entry(&known, route, index, rule))
+                .collect()
+        });
     }
     let mut flows = ByPort(HashMap::new());
     for route in &policies.tcp_routes {
@@ -82,13 +104,17 @@ pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backen
             parents: &route.spec.parent_refs,
             known: &known,
         };
-        let rules = route.spec.rules.iter().enumerate();
-        let entries = rules.map(|(index, rule)| FlowEntry {
-            age: age(route),
-            names: None,
-            rule: flow_rule(&from, index, rule),
+        let named = || route.spec.backends();
+        let at = known.attached(&mut users, &route.name, &route.spec.parent_refs, named);
+        flows.attach(&route.name, at, || {
+            let rules = route.spec.rules.iter().enumerate();
+            let entry = |(index, rule)| FlowEntry {
+                age: age(route),
+                names: None,
+                rule: flow_rule(&from, index, rule),
+            };
+            rules.map(entry).collect()
         });
-        flows.attach(route, &route.spec.parent_refs, &known, entries.collect());
     }
     for route in &policies.tls_routes {
         let from = From {
@@ -97,13 +123,17 @@ pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backen
             parents: &route.spec.parent_refs,
             known: &known,
         };
-        let rules = route.spec.rules.iter().enumerate();
-        let entries = rules.map(|(index, rule)| FlowEntry {
-            age: age(route),
-            names: Some(route.spec.hostnames.clone()),
-            rule: flow_rule(&from, index, rule),
+        let named = || route.spec.backends();
+        let at = known.attached(&mut users, &route.name, &route.spec.parent_refs, named);
+        flows.attach(&route.name, at, || {
+            let rules = route.spec.rules.iter().enumerate();
+            let entry = |(index, rule)| FlowEntry {
+                age: age(route),
+                names: Some(route.spec.hostnames.clone()),
+                rule: flow_rule(&from, index, rule),
+            };
+            rules.map(entry).collect()
         });
-        flows.attach(route, &route.spec.parent_refs, &known, entries.collect());
     }
 
     let table_of_requests = |(key, entries): (BackendKey, Entries<TableEntry>)| {
@@ -119,27 +149,60 @@ pub(super) fn compile(policies: &Policies<'_>, services: &[Arc<Service>], backen
     Tables {
         requests: requests.0.into_iter().filter_map(table_of_requests).collect(),
         flows: flows.0.into_iter().map(table_of_flows).collect(),
+        users,
     }
 }
 
 impl<E: Clone> ByPort<E> {
     /// Gives a route's rules to each port that it is attached to. A route without rules says nothing.
-    fn attach<P>(&mut self, route: &Named<'_, P>, parents: &[ParentRef], known: &Known<'_>, rules: Vec<E>) {
+    fn attach(&mut self, route: &ObjectName, ports: Vec<(BackendKey, bool)>, rules: impl FnOnce() -> Vec<E>) {
+        if ports.is_empty() {
+            return;
+        }
+        let rules = rules();
         if rules.is_empty() {
             return;
         }
-        for (key, is_consumer) in attached_to(&route.name, parents, known) {
+        for (key, is_consumer) in ports {
             let entries = self.0.entry(key).or_insert_with(|| Entries {
                 producers: Vec::new(),
                 consumers: HashMap::new(),
             });
             let list = if is_consumer {
-                entries.consumers.entry(route.name.namespace.clone()).or_default()
+                entries.consumers.entry(route.namespace.clone()).or_default()
             } else {
                 &mut entries.producers
             };
             list.extend_from_slice(&rules);
         }
+    }
+}
+
+impl Known<'_> {
+    /// The wanted ports that a route is attached to, and whether it is a consumer route there. Whose backends its rules
+    /// have is noted.
+    fn attached<'r>(
+        &self,
+        users: &mut HashMap<ObjectName, BTreeSet<BackendKey>>,
+        route: &ObjectName,
+        parents: &[ParentRef],
+        named: impl FnOnce() -> Vec<(String, &'r BackendTarget)>,
+    ) -> Vec<(BackendKey, bool)> {
+        let mut ports = attached_to(route, parents, self);
+        ports.retain(|(key, _)| self.only.is_none_or(|only| only.contains(key)));
+        if ports.is_empty() {
+            return ports;
+        }
+        for (_, target) in named() {
+            let namespace = target.namespace.as_deref().unwrap_or(&route.namespace);
+            let service = match self.subsets.get(&(namespace, target.name.as_str())) {
+                Some(service) if matches!(target.kind, BackendKind::ServiceSubset) => service,
+                _ => target.name.as_str(),
+            };
+            let of_service = users.entry(ObjectName::new(namespace, service)).or_default();
+            of_service.extend(ports.iter().map(|(key, _)| key.clone()));
+        }
+        ports
     }
 }
 
@@ -155,7 +218,7 @@ fn attached_to(route: &ObjectName, parents: &[ParentRef], known: &Known<'_>) -> 
     let mut attached: Vec<(BackendKey, bool)> = Vec::new();
     for parent in parents.iter().filter(|parent| parent.is_service()) {
         let namespace = parent.namespace.as_deref().unwrap_or(&route.namespace);
-        let Some(service) = known.services.get(&(namespace, parent.name.as_str())) else {
+        let Some(service) = (known.services)(&ObjectName::new(namespace, &parent.name)) else {
             continue;
         };
         for port in service.ports.iter().filter(|port| parent_means(parent, port)) {
@@ -309,10 +372,7 @@ impl From<'_> {
                 None => return Err(BadBackend::NoSubset(name)),
             },
         };
-        let Some(service) = known
-            .services
-            .get(&(namespace, service))
-            .map(|service| service.name.clone())
+        let Some(service) = (known.services)(&ObjectName::new(namespace, service)).map(|found| found.name.clone())
         else {
             return Err(if subset.is_none() {
                 BadBackend::NoService(name)

@@ -20,7 +20,7 @@ use crate::{
 /// Lays TrafficPolicies over one another and shares equal results.
 pub(super) struct TrafficCompiler<'a> {
     policies: &'a [Named<'a, TrafficPolicy>],
-    targets: Targets<'a>,
+    targets: Targets,
     shared: HashMap<Vec<usize>, Arc<TrafficSettings>>,
 }
 

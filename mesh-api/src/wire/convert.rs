@@ -360,9 +360,9 @@ impl From<&Resource> for pb::Resource {
     fn from(resource: &Resource) -> pb::Resource {
         use pb::resource::Resource as Inner;
         let inner = match resource {
-            Resource::Workload(workload) => Inner::Workload(workload.into()),
-            Resource::Service(service) => Inner::Service(service.into()),
-            Resource::Policy(document) => Inner::Policy(document.into()),
+            Resource::Workload(workload) => Inner::Workload((&**workload).into()),
+            Resource::Service(service) => Inner::Service((&**service).into()),
+            Resource::Policy(document) => Inner::Policy((&**document).into()),
         };
         pb::Resource { resource: Some(inner) }
     }
@@ -374,9 +374,9 @@ impl TryFrom<pb::Resource> for Resource {
     fn try_from(resource: pb::Resource) -> Result<Resource, WireError> {
         use pb::resource::Resource as Inner;
         Ok(match resource.resource.ok_or(WireError::Missing("resource"))? {
-            Inner::Workload(workload) => Resource::Workload(workload.try_into()?),
-            Inner::Service(service) => Resource::Service(service.try_into()?),
-            Inner::Policy(policy) => Resource::Policy(policy.try_into()?),
+            Inner::Workload(workload) => Resource::Workload(Arc::new(workload.try_into()?)),
+            Inner::Service(service) => Resource::Service(Arc::new(service.try_into()?)),
+            Inner::Policy(policy) => Resource::Policy(Arc::new(policy.try_into()?)),
         })
     }
 }

@@ -20,6 +20,8 @@ pub enum Update {
     Snapshot {
         /// The revision.
         revision: Revision,
+        /// What tells it from another revision of the same number; 0: unknown.
+        stamp: u64,
         /// The trust domain.
         trust_domain: TrustDomain,
         /// The resources.
@@ -33,6 +35,8 @@ pub enum Update {
         from: Revision,
         /// The revision that it leads to.
         to: Revision,
+        /// The stamp of that.
+        stamp: u64,
         /// New and changed resources.
         upserts: Vec<Resource>,
         /// Resources that are gone.
@@ -53,6 +57,8 @@ pub enum Report {
         agent_version: String,
         /// The revision that it holds; 0: none.
         resume: Revision,
+        /// The stamp of that; 0: unknown.
+        stamp: u64,
         /// The ABI version of its kernel programs.
         abi_version: u32,
     },
@@ -129,11 +135,13 @@ impl From<&Update> for pb::ControllerMessage {
         let message = match update {
             Update::Snapshot {
                 revision,
+                stamp,
                 trust_domain,
                 resources,
                 trust_roots,
             } => Message::Snapshot(pb::Snapshot {
                 revision: revision.0,
+                stamp: *stamp,
                 trust_domain: trust_domain.as_str().to_owned(),
                 resources: resources.iter().map(Into::into).collect(),
                 trust_bundle: Some(trust_roots.clone().into()),
@@ -141,12 +149,14 @@ impl From<&Update> for pb::ControllerMessage {
             Update::Delta {
                 from,
                 to,
+                stamp,
                 upserts,
                 removed,
                 trust_roots,
             } => Message::Delta(pb::Delta {
                 from: from.0,
                 to: to.0,
+                stamp: *stamp,
                 upserts: upserts.iter().map(Into::into).collect(),
                 removed: removed.iter().map(Into::into).collect(),
                 trust_bundle: trust_roots.clone().map(Into::into),
@@ -196,6 +206,7 @@ impl TryFrom<pb::ControllerMessage> for Update {
         match message.message.ok_or(WireError::Missing("message"))? {
             Message::Snapshot(snapshot) => Ok(Update::Snapshot {
                 revision: Revision(snapshot.revision),
+                stamp: snapshot.stamp,
                 trust_domain: TrustDomain::new(&snapshot.trust_domain).map_err(WireError::TrustDomain)?,
                 resources: resources(snapshot.resources)?,
                 trust_roots: snapshot
@@ -206,6 +217,7 @@ impl TryFrom<pb::ControllerMessage> for Update {
             Message::Delta(delta) => Ok(Update::Delta {
                 from: Revision(delta.from),
                 to: Revision(delta.to),
+                stamp: delta.stamp,
                 upserts: resources(delta.upserts)?,
                 removed: removed(delta.removed)?,
                 trust_roots: delta.trust_bundle.map(Into::into),
@@ -222,8 +234,10 @@ impl From<Report> for pb::AgentMessage {
                 node,
                 agent_version,
                 resume,
+                stamp,
                 abi_version,
             } => Message::Hello(pb::Hello {
+                resume_stamp: stamp,
                 node,
                 agent_version,
                 resume_revision: resume.0,
@@ -260,6 +274,7 @@ impl TryFrom<pb::AgentMessage> for Report {
                 node: hello.node,
                 agent_version: hello.agent_version,
                 resume: Revision(hello.resume_revision),
+                stamp: hello.resume_stamp,
                 abi_version: hello.abi_version,
             },
             Message::Ack(ack) => Report::Ack(Revision(ack.revision)),

@@ -40,6 +40,7 @@ fn delta(upserts: Vec<pb::Resource>, removed: Vec<pb::ResourceKey>) -> Result<Up
         upserts,
         removed,
         trust_bundle: None,
+        stamp: 3,
     };
     let message = pb::ControllerMessage {
         message: Some(pb::controller_message::Message::Delta(delta)),

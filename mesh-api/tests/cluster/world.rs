@@ -43,7 +43,7 @@ pub fn resources(set: &DocumentSet) -> Vec<Resource> {
 
 pub fn workloads(set: &DocumentSet) -> Vec<Workload> {
     let workload = |resource| match resource {
-        Resource::Workload(workload) => Some(workload),
+        Resource::Workload(workload) => Some(Workload::clone(&workload)),
         _ => None,
     };
     resources(set).into_iter().filter_map(workload).collect()
@@ -51,7 +51,7 @@ pub fn workloads(set: &DocumentSet) -> Vec<Workload> {
 
 pub fn services(set: &DocumentSet) -> Vec<Service> {
     let service = |resource| match resource {
-        Resource::Service(service) => Some(service),
+        Resource::Service(service) => Some(Service::clone(&service)),
         _ => None,
     };
     resources(set).into_iter().filter_map(service).collect()
@@ -63,6 +63,7 @@ pub fn view_on(node: &str, set: &DocumentSet) -> View {
         let sent = mesh_api::wire::Update::Delta {
             from: Revision(1),
             to: Revision(2),
+            stamp: 3,
             upserts: vec![resource.clone()],
             removed: Vec::new(),
             trust_roots: None,

@@ -332,9 +332,10 @@ fn inbound(deny: &[AccessRule], allow: &[AccessRule], has_allow_policy: bool, po
     };
     let default_deny = has_allow_policy.then(|| RuleId::new("default-deny:p"));
     InboundPolicy {
+        revision: Revision(1),
         port,
         mtls: MtlsMode::Permissive,
-        access: Arc::new(AccessRules::new(Revision(1), named(deny), named(allow), default_deny)),
+        access: Arc::new(AccessRules::new(named(deny), named(allow), default_deny)),
         limits: Arc::default(),
         protocol: AppProtocol::Detect,
         services: Arc::default(),

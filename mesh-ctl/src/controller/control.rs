@@ -233,6 +233,7 @@ impl AgentStream {
             node,
             agent_version,
             resume,
+            stamp,
             abi_version,
         })) = report
         else {
@@ -244,6 +245,8 @@ impl AgentStream {
                 self.node
             )));
         }
+        // What it holds was numbered by a store that this one was restored in place of.
+        let mut another = false;
         let base = match self.agents.take_joined(&node) {
             // What it holds may have been numbered by a store that is gone.
             true => None,
@@ -251,11 +254,16 @@ impl AgentStream {
             false => {
                 let source = self.source.clone();
                 let base = tokio::task::spawn_blocking(move || source.compiled_at(resume)).await;
-                base.map_err(|e| internal("the revision cannot be rebuilt", &e))?
+                let base = base.map_err(|e| internal("the revision cannot be rebuilt", &e))?;
+                another = stamp != 0 && base.as_ref().is_some_and(|base| base.stamp != stamp);
+                base.filter(|_| !another)
             }
         };
         tracing::info!(%node, %agent_version, held = %resume, resumes = base.is_some(), "an agent has connected");
-        let held = if resume <= self.source.summary().revision {
+        let held = if another {
+            tracing::error!(%node, held = %resume, "an agent holds another revision of this number: was the store restored?");
+            Revision(0)
+        } else if resume <= self.source.summary().revision {
             resume
         } else {
             self.source.outrun(resume);

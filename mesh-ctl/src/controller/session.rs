@@ -7,10 +7,10 @@
 use std::sync::Arc;
 
 use mesh_api::{
-    document::Resource,
+    document::{Resource, ResourceKey},
     identity::TrustDomain,
     wire::{TrustRoots, Update},
-    workload::Revision,
+    workload::{Revision, Workload},
 };
 
 use super::source::Compiled;
@@ -36,10 +36,14 @@ pub struct UnexpectedAnswer(pub Revision);
 fn seen_from(node: &str, resource: &Resource) -> Resource {
     match resource {
         Resource::Workload(workload) if *workload.node != *node => {
-            let mut workload = workload.clone();
+            // Most have neither, and are the same to everybody.
+            if workload.netns.is_none() && workload.probe_ports.is_empty() {
+                return resource.clone();
+            }
+            let mut workload = Workload::clone(workload);
             workload.netns = None;
             workload.probe_ports.clear();
-            Resource::Workload(workload)
+            Resource::Workload(Arc::new(workload))
         }
         other => other.clone(),
     }
@@ -68,43 +72,46 @@ impl SyncState {
         let update = match &self.base {
             None => Update::Snapshot {
                 revision: newest.revision,
+                stamp: newest.stamp,
                 trust_domain: self.trust_domain.clone(),
                 resources: newest.resources.values().map(|r| seen_from(&self.node, r)).collect(),
                 trust_roots: roots.clone(),
             },
-            Some(base) => Update::Delta {
-                from: base.revision,
-                to: newest.revision,
-                upserts: self.upserts(base, newest),
-                removed: base
-                    .resources
-                    .keys()
-                    .filter(|key| !newest.resources.contains_key(key))
-                    .cloned()
-                    .collect(),
-                trust_roots: (self.roots_sent.as_ref() != Some(roots)).then(|| roots.clone()),
-            },
+            Some(base) => {
+                let (upserts, removed) = self.changes(base, newest);
+                Update::Delta {
+                    from: base.revision,
+                    to: newest.revision,
+                    stamp: newest.stamp,
+                    upserts,
+                    removed,
+                    trust_roots: (self.roots_sent.as_ref() != Some(roots)).then(|| roots.clone()),
+                }
+            }
         };
         self.roots_sent = Some(roots.clone());
         self.on_its_way = Some(newest.clone());
         Some(update)
     }
 
-    fn upserts(&self, base: &Compiled, newest: &Compiled) -> Vec<Resource> {
-        let mut upserts = Vec::new();
-        for (key, resource) in newest.resources.iter() {
-            match base.resources.get(key) {
-                Some(old) if Arc::ptr_eq(old, resource) => {}
-                Some(old) => {
-                    let seen = seen_from(&self.node, resource);
-                    if seen != seen_from(&self.node, old) {
-                        upserts.push(seen);
-                    }
-                }
-                None => upserts.push(seen_from(&self.node, resource)),
+    /// What leads from one revision to another, at the cost of the change.
+    fn changes(&self, base: &Compiled, newest: &Compiled) -> (Vec<Resource>, Vec<ResourceKey>) {
+        let (mut upserts, mut removed) = (Vec::new(), Vec::new());
+        newest.resources.differences(&base.resources, |key, now| {
+            let Some(now) = now else {
+                removed.push(key.clone());
+                return;
+            };
+            let seen = seen_from(&self.node, now);
+            let before = base.resources.get(key).map(|before| seen_from(&self.node, before));
+            if before.as_ref() != Some(&seen) {
+                upserts.push(seen);
             }
-        }
-        upserts
+        });
+        // In an order, so that two agents are told the same.
+        upserts.sort_by_cached_key(Resource::key);
+        removed.sort_unstable();
+        (upserts, removed)
     }
 
     /// The agent holds this revision now.
@@ -136,7 +143,7 @@ impl SyncState {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use mesh_api::document::{DocumentSet, ResourceKey, parse};
     use proptest::prelude::*;
@@ -210,12 +217,17 @@ mod tests {
                     Event::Change { document, variant } => {
                         let mut parsed = parse("test", &yaml(document, variant.unwrap_or(0))).unwrap();
                         let parsed = parsed.remove(0);
+                        let (before, changed) = (set.clone(), BTreeSet::from([parsed.key()]));
                         match variant {
                             Some(_) => set.insert(parsed),
                             None => set.remove(&parsed.key()),
                         };
-                        let next = Revision(newest.revision.0 + 1);
-                        newest = Arc::new(Compiled::new(next, &set, &domain, Some(&newest)));
+                        let revision = Revision(newest.revision.0 + 1);
+                        let next = newest.next(revision, [&before, &set], &domain, &changed);
+                        let anew = Compiled::new(revision, &set, &domain, None);
+                        prop_assert_eq!(&next.resources, &anew.resources);
+                        prop_assert_eq!(&next.identities, &anew.identities);
+                        newest = Arc::new(next);
                     }
                     Event::Send => {
                         if let Some(update) = state.next(&newest, &roots) {

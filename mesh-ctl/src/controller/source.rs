@@ -5,7 +5,7 @@
 //! resume from one that is still known. An [`Admission`] says whether a node may join. Neither knows of sockets.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeSet, VecDeque},
     future::Future,
     pin::Pin,
     sync::Arc,
@@ -15,6 +15,7 @@ use std::{
 use mesh_api::{
     document::{Change, DocumentKey, DocumentSet, Kind, Problem, Resource, ResourceKey},
     identity::{SpiffeId, TrustDomain},
+    shared_map::SharedMap,
     workload::Revision,
 };
 use parking_lot::Mutex;
@@ -28,10 +29,13 @@ pub const COMPILED_MAX: usize = 8;
 pub struct Compiled {
     /// Its number.
     pub revision: Revision,
+    /// Drawn when it was made. A store that is restored from a backup gives old numbers to new revisions; by its stamp an
+    /// agent's revision is told from the controller's own of that number.
+    pub stamp: u64,
     /// Its resources. Those that did not change are shared with the revision before.
-    pub resources: Arc<BTreeMap<ResourceKey, Arc<Resource>>>,
-    /// Which identities of the mesh each node runs.
-    identities: Arc<BTreeMap<Arc<str>, BTreeSet<SpiffeId>>>,
+    pub resources: SharedMap<ResourceKey, Resource>,
+    /// Which identities of the mesh each node runs, and in how many workloads.
+    pub(super) identities: SharedMap<(Arc<str>, SpiffeId), usize>,
 }
 
 /// What an apply or delete came to.
@@ -173,28 +177,78 @@ pub fn key_parts(key: &str) -> (&str, &str, &str) {
 impl Compiled {
     /// Compiles a set; what did not change since `before` is shared with it.
     pub fn new(revision: Revision, set: &DocumentSet, domain: &TrustDomain, before: Option<&Compiled>) -> Compiled {
-        let mut resources = BTreeMap::new();
-        let mut identities: BTreeMap<Arc<str>, BTreeSet<SpiffeId>> = BTreeMap::new();
-        for resource in set.resources(domain) {
-            // Who is outside of the mesh needs no certificate, so nobody gets one in its name.
-            if let Resource::Workload(workload) = &resource
-                && workload.enrolled
-            {
-                let on_node = identities.entry(workload.node.clone()).or_default();
-                on_node.insert(workload.identity.clone());
-            }
-            let key = resource.key();
-            let shared = before
-                .and_then(|before| before.resources.get(&key))
-                .filter(|old| ***old == resource)
-                .cloned();
-            resources.insert(key, shared.unwrap_or_else(|| Arc::new(resource)));
-        }
-        Compiled {
+        let resources = set.resources(domain);
+        let all: SharedMap<_, _> = resources
+            .into_iter()
+            .map(|resource| (resource.key(), resource))
+            .collect();
+        let mut compiled = before.cloned().unwrap_or_else(|| Compiled {
             revision,
-            resources: Arc::new(resources),
-            identities: Arc::new(identities),
+            stamp: 0,
+            resources: SharedMap::with_capacity(all.len()),
+            identities: SharedMap::default(),
+        });
+        compiled.revision = revision;
+        compiled.stamp = new_stamp();
+        let mut changes = Vec::new();
+        all.differences(&compiled.resources, |key, resource| {
+            changes.push((key.clone(), resource.cloned()))
+        });
+        compiled.change(changes);
+        compiled
+    }
+
+    /// The next revision, by what has become of some documents. It costs as much as there is change.
+    pub fn next(
+        &self,
+        revision: Revision,
+        [old, new]: [&DocumentSet; 2],
+        domain: &TrustDomain,
+        changed: &BTreeSet<DocumentKey>,
+    ) -> Compiled {
+        let Some(changes) = new.changed_resources(old, domain, changed) else {
+            return Compiled::new(revision, new, domain, Some(self));
+        };
+        let mut next = Compiled {
+            revision,
+            stamp: new_stamp(),
+            ..self.clone()
+        };
+        next.change(changes);
+        next
+    }
+
+    fn change(&mut self, changes: impl IntoIterator<Item = (ResourceKey, Option<Resource>)>) {
+        for (key, now) in changes {
+            if now.as_ref() == self.resources.get(&key) {
+                continue;
+            }
+            let place = |resource: &Resource| match resource {
+                // Who is outside of the mesh needs no certificate, so nobody gets one in its name.
+                Resource::Workload(one) if one.enrolled => Some((one.node.clone(), one.identity.clone())),
+                _ => None,
+            };
+            let (came, went) = (now.as_ref().and_then(place), self.resources.get(&key).and_then(place));
+            match now {
+                Some(now) => drop(self.resources.insert(key, now)),
+                None => drop(self.resources.remove(&key)),
+            }
+            if let Some(place) = came {
+                let count = self.identities.get(&place).copied().unwrap_or(0);
+                self.identities.insert(place, count + 1);
+            }
+            if let Some(place) = went {
+                match self.identities.get(&place).copied().unwrap_or(0) {
+                    0 | 1 => drop(self.identities.remove(&place)),
+                    count => drop(self.identities.insert(place, count - 1)),
+                }
+            }
         }
+    }
+
+    /// The same with the stamp that it was given when it was made.
+    pub fn stamped(self, stamp: u64) -> Compiled {
+        Compiled { stamp, ..self }
     }
 
     /// The same under another number.
@@ -202,20 +256,20 @@ impl Compiled {
         Compiled { revision, ..self }
     }
 
-    /// Whether both have the same resources, the one having been compiled with the other before it.
+    /// Whether both have the same resources.
     pub fn same_resources(&self, before: &Compiled) -> bool {
-        self.resources.len() == before.resources.len()
-            && self
-                .resources
-                .iter()
-                .zip(before.resources.iter())
-                .all(|((key, new), (old_key, old))| key == old_key && Arc::ptr_eq(new, old))
+        self.resources == before.resources
     }
 
     /// Whether a workload of the mesh with that identity runs on that node.
     pub fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
-        self.identities.get(node).is_some_and(|all| all.contains(identity))
+        self.identities.contains_key(&(node.into(), identity.clone()))
     }
+}
+
+/// A number that no other revision has, nor will have. Never 0, which means that it is not known.
+fn new_stamp() -> u64 {
+    rand::random::<u64>() | 1
 }
 
 /// Hands compiled revisions to the agents' streams.

@@ -298,6 +298,7 @@ async fn an_agent_that_breaks_the_protocol_is_cut_off() {
         .await
         .unwrap();
     let hello = Report::Hello {
+        stamp: 0,
         node: "node-1".into(),
         agent_version: String::new(),
         resume: Revision(0),

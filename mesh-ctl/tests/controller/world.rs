@@ -332,6 +332,7 @@ impl Agent {
     pub async fn open(mut client: ControlClient<Channel>, node: &str, resume: u64) -> Result<Agent, Status> {
         let (sender, receiver) = tokio::sync::mpsc::channel(16);
         let hello = Report::Hello {
+            stamp: 0,
             node: node.to_owned(),
             agent_version: "0.1.0-test".to_owned(),
             resume: Revision(resume),

@@ -205,6 +205,7 @@ impl Controller {
         let truths = self.truths.borrow();
         let truth = &truths[&revision];
         Update::Snapshot {
+            stamp: 0,
             revision: Revision(revision),
             trust_domain: domain(),
             resources: truth.resources.values().cloned().collect(),
@@ -218,6 +219,7 @@ impl Controller {
         let differs = |(key, resource): &(&ResourceKey, &Resource)| old.resources.get(*key) != Some(*resource);
         let gone = |key: &&ResourceKey| !new.resources.contains_key(*key);
         Update::Delta {
+            stamp: 0,
             from: Revision(from),
             to: Revision(to),
             upserts: new
@@ -253,6 +255,7 @@ impl Controller {
                     ..
                 },
             ) => Update::Snapshot {
+                stamp: 0,
                 revision: Revision(revision.0 + 1000),
                 trust_domain: TrustDomain::new("other.mesh").expect("a trust domain"),
                 resources,
@@ -267,6 +270,7 @@ impl Controller {
                     ..
                 },
             ) => Update::Snapshot {
+                stamp: 0,
                 revision: Revision(revision.0 + 1000),
                 trust_domain,
                 resources,
@@ -279,10 +283,12 @@ impl Controller {
                     trust_domain,
                     mut resources,
                     trust_roots,
+                    ..
                 },
             ) => {
                 resources.extend(resources.first().cloned());
                 Update::Snapshot {
+                    stamp: 0,
                     revision: Revision(revision.0 + 1000),
                     trust_domain,
                     resources,
@@ -290,6 +296,7 @@ impl Controller {
                 }
             }
             (lie @ (Lie::Gap | Lie::Backward), _) => Update::Delta {
+                stamp: 0,
                 from: Revision(if matches!(lie, Lie::Gap) { told + 500 } else { told }),
                 to: Revision(if matches!(lie, Lie::Gap) {
                     told + 501

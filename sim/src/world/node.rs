@@ -417,7 +417,13 @@ impl Control {
             ));
         }
         match self.world.controller.truths.borrow().get(&held.revision.0) {
-            Some(truth) if truth.resources == held.resources && truth.roots == held.roots => {}
+            Some(truth)
+                if truth.resources.len() == held.resources.len()
+                    && truth
+                        .resources
+                        .iter()
+                        .all(|(key, one)| held.resources.get(key) == Some(one))
+                    && truth.roots == held.roots => {}
             Some(_) => self.world.fail(format!(
                 "node {}: {} is not what was said",
                 generation.node, held.revision
@@ -491,9 +497,10 @@ impl Upkeep {
             *now = new;
             changed
         });
-        self.shared
-            .traffic
-            .retain(view.backends().map(|backend| &**backend), view.limits());
+        self.shared.traffic.retain(
+            |key| view.backend(key).map(|backend| &**backend),
+            |id| view.has_limit(id),
+        );
         let mut new = Vec::new();
         for workload in here {
             match self.pods.get(&workload.name) {

@@ -55,7 +55,8 @@ impl Used {
     }
 }
 
-fn cgroup_seconds(cgroup: &Path) -> Result<f64> {
+/// The CPU time that a control group has used.
+pub fn cgroup_seconds(cgroup: &Path) -> Result<f64> {
     let file = cgroup.join("cpu.stat");
     let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
     let micros = text.lines().find_map(|line| line.strip_prefix("usage_usec "));

@@ -12,6 +12,7 @@ mod measure;
 mod peers;
 mod plot;
 mod report;
+mod scale;
 mod systems;
 mod work;
 
@@ -68,6 +69,11 @@ pub struct Options {
     /// A flag for the agents, such as --agent=--workers=1; may be given several times.
     #[arg(long = "agent", value_name = "FLAG", allow_hyphen_values = true)]
     agent: Vec<String>,
+    /// Measures how a large world is controlled instead: one controller, one agent and many simulated ones.
+    #[arg(long)]
+    scale: bool,
+    #[command(flatten)]
+    size: scale::Size,
     /// The lab's name.
     #[arg(long, default_value = "bench")]
     name: String,
@@ -83,6 +89,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let peers = peers::wanted(if options.instructions { &[] } else { &options.peers })?;
     if std::env::var_os("NODEMESH_PROGRAMS").is_none() {
         shell::require_sudo().context("the bench needs root")?;
+        if options.scale {
+            return crate::lab::with_programs(&scale::build()?);
+        }
         setup::ensure_all()?;
         peers::install(&peers);
         if options.instructions {
@@ -96,6 +105,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let started = Instant::now();
     mesh_tests::lab::replace(&options.name)?;
+    if options.scale {
+        return scale::run(&options.name, &options.size);
+    }
     if options.instructions {
         return instructions::run(&options.name, options.update);
     }

@@ -268,7 +268,7 @@ impl Writer<'_> {
             let unchanged = before
                 .resources
                 .get(&ResourceKey::Policy(key.clone()))
-                .is_some_and(|old| Arc::ptr_eq(old, resource));
+                .is_some_and(|old| old == resource);
             let known = state.brought.get(key).filter(|known| unchanged && known.0 != 0);
             brought.insert(key.clone(), known.copied().unwrap_or(revision));
         }

@@ -25,7 +25,7 @@ use crate::controller::source::{
 };
 
 /// How many documents the controller holds at most.
-pub const DOCUMENTS_MAX: usize = 100_000;
+pub const DOCUMENTS_MAX: usize = 200_000;
 
 type StoredSet = BTreeMap<String, Arc<Stored>>;
 
@@ -91,9 +91,10 @@ impl Index {
     pub fn open(store: Arc<Store>, trust_domain: TrustDomain) -> Result<Index, StoreError> {
         let loaded = store.load()?;
         let revision = Revision(loaded.revision);
-        let made = match store.history_after(loaded.revision.saturating_sub(1))?.first() {
-            Some(record) => UNIX_EPOCH + Duration::from_millis(record.time_ms),
-            None => UNIX_EPOCH,
+        let newest = store.history_after(loaded.revision.saturating_sub(1))?;
+        let (made, stamp) = match newest.first() {
+            Some(record) => (UNIX_EPOCH + Duration::from_millis(record.time_ms), record.stamp),
+            None => (UNIX_EPOCH, 0),
         };
         let stored: StoredSet = loaded.documents.into_iter().map(|(k, v)| (k, Arc::new(v))).collect();
         let (set, unreadable) = read_all(&stored);
@@ -105,7 +106,7 @@ impl Index {
             true => resume_floor(&store, loaded.revision)?,
             false => loaded.revision + 1,
         };
-        let current = Arc::new(Compiled::new(revision, &set, &trust_domain, None));
+        let current = Arc::new(Compiled::new(revision, &set, &trust_domain, None).stamped(stamp));
         let index = Index {
             store,
             trust_domain,
@@ -141,7 +142,11 @@ impl Index {
     fn rebuild(&self, revision: Revision, state: &State) -> Result<Option<Compiled>, StoreError> {
         let newest = state.revision;
         let mut stored = state.stored.clone();
-        let mut records = self.store.history_after(revision.0)?;
+        let mut records = self.store.history_after(revision.0.saturating_sub(1))?;
+        // The last is the wanted one itself, if it is kept.
+        let stamp = records
+            .pop_if(|record| record.revision == revision.0)
+            .map_or(0, |record| record.stamp);
         // An apply may have come in between.
         records.retain(|record| record.revision <= newest.0);
         if records.len() as u64 != newest.0 - revision.0 {
@@ -155,7 +160,7 @@ impl Index {
         }
         let (set, unreadable) = read_all(&stored);
         let known = unreadable.is_empty();
-        Ok(known.then(|| Compiled::new(revision, &set, &self.trust_domain, Some(&state.current))))
+        Ok(known.then(|| Compiled::new(revision, &set, &self.trust_domain, Some(&state.current)).stamped(stamp)))
     }
 
     fn apply_all(&self, sources: &[(String, String)], dry_run: bool, now: SystemTime) -> Result<Outcome, StoreError> {
@@ -288,10 +293,18 @@ impl Index {
             return Ok(());
         }
         let revision = Revision(state.revision.0 + 1);
+        let keys = changes.iter().filter_map(|change| {
+            let (kind, namespace, name) = key_parts(&change.key);
+            Some(DocumentKey::new(Kind::find(kind)?, namespace, name))
+        });
+        let current = state
+            .current
+            .next(revision, [&state.set, &set], &self.trust_domain, &keys.collect());
         let record = RevisionRecord {
             revision: revision.0,
             time_ms: milliseconds(now),
             changes,
+            stamp: current.stamp,
         };
         self.store.commit(&record)?;
         let (mut stored, mut unreadable) = (state.stored.clone(), state.unreadable.clone());
@@ -302,7 +315,6 @@ impl Index {
                 None => stored.remove(&change.key),
             };
         }
-        let current = Compiled::new(revision, &set, &self.trust_domain, Some(&state.current));
         let state = Arc::new(State {
             revision,
             made: now,
@@ -480,6 +492,7 @@ mod tests {
             after: Some(after),
         };
         let record = RevisionRecord {
+            stamp: 0,
             revision: revision.0 + 1,
             time_ms: 0,
             changes: vec![change],
@@ -506,7 +519,7 @@ mod tests {
             let mut ports: Vec<u16> = compiled
                 .resources
                 .values()
-                .filter_map(|resource| match &**resource {
+                .filter_map(|resource| match resource {
                     Resource::Service(service) => service.ports.first().map(|port| port.port),
                     _ => None,
                 })

@@ -82,6 +82,9 @@ pub struct RevisionRecord {
     pub time_ms: u64,
     /// What it changed.
     pub changes: Vec<Change>,
+    /// Drawn when it was made; 0 if a program made it that drew none.
+    #[serde(default)]
+    pub stamp: u64,
 }
 
 /// A join token as it lies in the store: the secret itself is never kept.
@@ -284,6 +287,7 @@ mod tests {
 
     fn record(revision: u64, name: &str, text: Option<u64>) -> RevisionRecord {
         RevisionRecord {
+            stamp: 0,
             revision,
             time_ms: 0,
             changes: vec![Change {

@@ -214,7 +214,10 @@ async fn a_guard_that_cannot_be_read_still_guards() {
     let modes: Vec<_> = resources
         .iter()
         .filter_map(|resource| match resource {
-            Resource::Policy(Document::MeshPolicy(policy)) => policy.spec.mtls.as_ref()?.mode,
+            Resource::Policy(document) => match &**document {
+                Document::MeshPolicy(policy) => policy.spec.mtls.as_ref()?.mode,
+                _ => None,
+            },
             _ => None,
         })
         .collect();
