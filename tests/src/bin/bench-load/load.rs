@@ -336,12 +336,16 @@ impl Load<'_> {
         if connection.close || self.plan.kind == Kind::Connect {
             self.close(number);
         }
-        if self.plan.kind == Kind::Idle || now >= self.end {
+        if self.plan.kind == Kind::Idle {
             return;
         }
         if self.plan.rate == 0.0 {
-            return self.go(number, now);
+            if now < self.end {
+                self.go(number, now);
+            }
+            return;
         }
+        // What was due before the end is still asked for after it.
         if let Some(due) = self.connections[number].due.pop_front() {
             self.open -= 1;
             self.go(number, due);
