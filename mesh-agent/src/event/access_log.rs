@@ -61,7 +61,6 @@ impl LogCounters {
 #[derive(Default)]
 struct Waiting {
     bytes: Vec<u8>,
-    lines: u64,
     /// The writer has taken everything and waits.
     idle: bool,
     stop: bool,
@@ -162,7 +161,6 @@ impl Shared {
         }
         let first = waiting.bytes.is_empty();
         waiting.bytes.extend_from_slice(line);
-        waiting.lines += 1;
         self.counters.taken.fetch_add(1, Relaxed);
         if first && waiting.idle {
             self.wake.notify_one();
@@ -170,7 +168,7 @@ impl Shared {
     }
 
     fn write_all(&self, out: &mut dyn Write) {
-        let mut batch = Vec::new();
+        let (mut batch, mut cut) = (Vec::new(), Vec::new());
         let mut waiting = self.waiting.lock();
         loop {
             while waiting.bytes.is_empty() {
@@ -193,15 +191,48 @@ impl Shared {
                 }
             }
             std::mem::swap(&mut batch, &mut waiting.bytes);
-            let lines = std::mem::take(&mut waiting.lines);
             drop(waiting);
-            if out.write_all(&batch).and_then(|()| out.flush()).is_err() {
-                self.counters.dropped.fetch_add(lines, Relaxed);
-            }
+            let lost = write_lines(out, &mut cut, &batch);
+            self.counters.dropped.fetch_add(lost, Relaxed);
             batch.clear();
             waiting = self.waiting.lock();
         }
     }
+}
+
+/// Writes as many of the lines as there is room for, and returns how many were lost. What is left of a line that was cut
+/// is kept, and goes first the next time: a disk that was full leaves no broken line.
+fn write_lines(out: &mut dyn Write, cut: &mut Vec<u8>, lines: &[u8]) -> u64 {
+    let done = write_most(out, cut);
+    cut.drain(..done);
+    let written = if cut.is_empty() { write_most(out, lines) } else { 0 };
+    let (written, mut missing) = lines.split_at(written);
+    if written.last().is_some_and(|last| *last != b'\n') {
+        let end = missing
+            .iter()
+            .position(|byte| *byte == b'\n')
+            .map_or(missing.len(), |end| end + 1);
+        let (rest, others) = missing.split_at(end);
+        cut.extend_from_slice(rest);
+        missing = others;
+    }
+    missing.iter().map(|byte| u64::from(*byte == b'\n')).sum()
+}
+
+/// Returns how many of the bytes were written before something went wrong.
+fn write_most(out: &mut dyn Write, bytes: &[u8]) -> usize {
+    let mut written = 0;
+    while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
+        match out.write(rest) {
+            Ok(0) => break,
+            Ok(count) => written += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    // What it kept for itself, it lost by itself.
+    let _ = out.flush();
+    written.min(bytes.len())
 }
 
 impl Drop for AccessLog {
@@ -220,5 +251,49 @@ impl fmt::Debug for AccessLog {
         f.debug_struct("AccessLog")
             .field("format", &self.format)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Room for so many bytes.
+    struct Disk(Vec<u8>, usize);
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let room = self.1.saturating_sub(self.0.len()).min(bytes.len());
+            if room == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.0.extend_from_slice(&bytes[..room]);
+            Ok(room)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_leaves_no_broken_line() {
+        for room in 0..=24 {
+            let (mut disk, mut cut) = (Disk(Vec::new(), room), Vec::new());
+            let mut lost = write_lines(&mut disk, &mut cut, b"one\ntwo\nthree\n");
+            lost += write_lines(&mut disk, &mut cut, b"four\n");
+            disk.1 = usize::MAX;
+            lost += write_lines(&mut disk, &mut cut, b"five\n");
+            let text = String::from_utf8(disk.0).unwrap();
+            let all = ["one", "two", "three", "four", "five"];
+            assert!(
+                text.lines().all(|line| all.contains(&line)),
+                "room for {room}: {text:?}"
+            );
+            assert_eq!(
+                text.lines().count() + lost as usize,
+                all.len(),
+                "room for {room}: {text:?}"
+            );
+        }
     }
 }
