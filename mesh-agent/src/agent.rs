@@ -34,7 +34,7 @@ use crate::{
     event::{AccessLog, Event, Events, EventsConfig, Samples},
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
     kernel::{self, Kernel, KernelConfig, memory::Memory, node_addresses},
-    net::SystemClock,
+    net::{self, SystemClock},
     pods::{self, CaptureTimes, Discovery, GateConfig, Leave, Netns, PodStatus, Pods, Sandboxes, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
     view::{AgentReport, SyncConfig, SyncHealth, ViewStore, ViewSync},
@@ -105,7 +105,9 @@ async fn serve(config: AgentConfig) -> Result<()> {
         events: events.clone(),
         pods: pods.directory(),
         drain: drain.clone(),
-        config: config.path,
+        config: config
+            .path
+            .within(net::raise_descriptors(), kernel::memory::limit(), config.workers),
     });
     let workers = receivers.into_iter().enumerate();
     let workers: io::Result<Vec<_>> = workers

@@ -21,7 +21,7 @@ use crate::{
     net,
     path::{self, Captured},
     pods::{Pod, PodListeners, WorkerCommand},
-    worker::{Shared, Worker},
+    worker::{Shared, SourceKey, Worker},
 };
 
 /// Commands that may wait for a worker.
@@ -149,8 +149,8 @@ async fn accept(
     mut stop: watch::Receiver<Until>,
 ) {
     let mut drains = None;
+    let own = worker.source(SourceKey::Pod(pod.cookie()));
     loop {
-        let place = worker.place().await;
         let accepted = tokio::select! {
             biased;
             // An error means that the sender is gone: the worker ends.
@@ -173,11 +173,19 @@ async fn accept(
         };
         match accepted {
             Ok((stream, source)) => {
+                let address = SocketAddr::new(source.ip().to_canonical(), source.port());
+                let source = match direction {
+                    Direction::Outbound => own.clone(),
+                    Direction::Inbound => worker.source(SourceKey::Address(address.ip())),
+                };
+                let Some(place) = worker.place(&source) else {
+                    refuse(&worker, stream, &pod, address, direction);
+                    continue;
+                };
                 let (worker, pod) = (worker.clone(), pod.clone());
                 let guard = worker.shared.drain.guard();
                 tokio::task::spawn_local(async move {
-                    let source = SocketAddr::new(source.ip().to_canonical(), source.port());
-                    match captured(&worker, stream, pod, source, direction) {
+                    match captured(&worker, stream, pod, address, direction) {
                         Ok(captured) => match direction {
                             Direction::Outbound => path::outbound::serve(&worker, captured).await,
                             Direction::Inbound => path::inbound::serve(&worker, captured).await,
@@ -188,13 +196,29 @@ async fn accept(
                 });
             }
             Err(error) if is_exhaustion(&error) => {
-                tracing::warn!(%error, pod = %pod.name(), "accepting");
+                // What lies idle makes room for what is asked for.
+                worker.tunnels.let_go();
+                worker.bound_reached(
+                    "descriptors or memory",
+                    usize::try_from(net::descriptors()).unwrap_or(usize::MAX),
+                );
+                tracing::debug!(%error, pod = %pod.name(), "accepting");
                 tokio::time::sleep(REST).await;
             }
             // The connection was gone before it was taken.
             Err(_) => {}
         }
     }
+}
+
+/// Resets a connection for which there is no place.
+fn refuse(worker: &Worker, stream: TcpStream, pod: &Pod, source: SocketAddr, direction: Direction) {
+    if direction == Direction::Outbound {
+        // Nobody will ask for it.
+        worker.shared.kernel.take_original_destination(pod.cookie(), source);
+    }
+    net::reset_on_close(&stream);
+    worker.shared.events.refused(Refusal::Capacity);
 }
 
 fn captured(

@@ -18,6 +18,7 @@ use serde_yaml_ng::{Mapping, Value};
 use crate::{
     event::{self, Compat, LogFormat},
     kernel::{FailMode, cgroup2_root},
+    tunnel::PeerPatience,
     view::ControllerConfig,
     worker::PathConfig,
 };
@@ -407,6 +408,16 @@ impl<'a> Section<'a> {
         })
     }
 
+    /// A time that the kernel counts in whole seconds.
+    fn seconds(&mut self, key: &'static str, default: Duration) -> Duration {
+        let value = self.duration(key, default);
+        if value >= Duration::from_secs(2) {
+            return value;
+        }
+        self.problem(key, format!("{value:?} is too short, expected at least 2s"));
+        default
+    }
+
     fn bounded(&mut self, key: &'static str, default: usize, min: usize, max: usize) -> usize {
         let value = self.or(key, default);
         if (min..=max).contains(&value) {
@@ -643,6 +654,10 @@ fn read_path(mut section: Section<'_>) -> PathConfig {
         dial_timeout: section.duration("dialTimeout", default.dial_timeout),
         view_patience: section.duration("viewPatience", default.view_patience),
         idle_timeout: (!idle.is_zero()).then_some(idle),
+        peer_patience: PeerPatience {
+            requests: section.seconds("peerPatience", default.peer_patience.requests),
+            flows: section.seconds("flowPeerPatience", default.peer_patience.flows),
+        },
     };
     section.end();
     path
@@ -725,7 +740,7 @@ admin: {metrics: '127.0.0.1:1', health: '[::1]:2', socket: /tmp/s}
 log: {filter: 'mesh_agent=debug,info', format: text}
 accessLog: {enabled: false, format: text, path: /tmp/log}
 metrics: {compat: istio, seriesMax: 100, seriesIdle: 5m}
-path: {idleTimeout: 1h, connectionsMax: 7, silence: 50ms}
+path: {idleTimeout: 1h, connectionsMax: 7, silence: 50ms, flowPeerPatience: 5m}
 drain: {patience: 1s}
 ";
 
@@ -748,6 +763,8 @@ drain: {patience: 1s}
             (config.path.connections_max, config.path.silence),
             (7, Duration::from_millis(50))
         );
+        let patience = config.path.peer_patience;
+        assert_eq!((patience.requests.as_secs(), patience.flows.as_secs()), (20, 300));
         assert!(!config.access_log.enabled);
         assert!(config.pin_dir().starts_with("/sys/fs/bpf/nodemesh"));
         assert!(config.pin_dir().to_string_lossy().contains("lab-1-v"));

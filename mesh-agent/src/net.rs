@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpSocket, TcpStream};
 
 /// How long a TCP connection may take to be established unless the caller says otherwise.
@@ -95,11 +96,35 @@ pub enum ConnectError {
 /// Turns Nagle off and keepalive on. Failing to is no reason to drop a connection.
 pub fn tune(stream: &TcpStream) {
     let _ = stream.set_nodelay(true);
+    keep_alive(stream, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL);
+}
+
+/// Has the kernel ask a peer from which nothing came for `idle` whether it is there, every `interval`, and give the
+/// connection up after [`KEEPALIVE_PROBES`] without an answer.
+pub fn keep_alive(stream: &TcpStream, idle: Duration, interval: Duration) {
     let keepalive = socket2::TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
+        .with_time(idle)
+        .with_interval(interval)
         .with_retries(KEEPALIVE_PROBES);
     let _ = socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive);
+}
+
+/// How many descriptors this process may have.
+pub fn descriptors() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// As many descriptors as the system allows this process; returns how many that are.
+pub fn raise_descriptors() -> u64 {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of descriptors stays as it is");
+    }
+    descriptors()
 }
 
 /// Makes the next close of this socket a reset: unsent bytes are thrown away and the other side reads `ECONNRESET`.

@@ -5,7 +5,10 @@
 //! data path needs a fraction of them; unmapped, they are read again from the page cache when they are needed after
 //! all. Nothing here may be called on the data path: an arena is locked while it is trimmed.
 
-use std::{fs, io};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 /// Free heap below this is not worth the trouble.
 const FREE_BYTES_MIN: usize = 4 << 20;
@@ -60,6 +63,67 @@ fn heap() -> (usize, usize) {
 
 #[cfg(not(target_env = "gnu"))]
 fn trim() {}
+
+/// What this process may use of the machine's memory by its cgroup, or by those above it; `None` where nothing is said.
+/// Cgroup v2, and v1 where the memory controller is there.
+pub fn limit() -> Option<u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let numbers = directories(&groups, &mounts)
+        .into_iter()
+        .flat_map(|(mount, group, file)| {
+            let mut found = Vec::new();
+            for directory in group.ancestors() {
+                let inside = directory.strip_prefix("/").unwrap_or(directory);
+                found.extend(
+                    fs::read_to_string(mount.join(inside).join(file))
+                        .ok()
+                        .as_deref()
+                        .and_then(number),
+                );
+            }
+            found
+        });
+    numbers.min()
+}
+
+/// A limit's file: `max` and the highest number that there is mean that there is none.
+fn number(text: &str) -> Option<u64> {
+    text.trim().parse().ok().filter(|bytes| *bytes < 1 << 60)
+}
+
+/// Where this process's memory is accounted: a mount, the group below it, and the name of the file of limits.
+fn directories(groups: &str, mounts: &str) -> Vec<(PathBuf, PathBuf, &'static str)> {
+    let mut found = Vec::new();
+    for line in mounts.lines() {
+        let Some((mount, kind)) = line.split_once(" - ") else {
+            continue;
+        };
+        let mut fields = mount.split(' ').skip(3);
+        let (Some(root), Some(point)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let (controller, file) = match kind.split(' ').next() {
+            Some("cgroup2") => ("", "memory.max"),
+            Some("cgroup") if kind.rsplit([' ', ',']).any(|word| word == "memory") => {
+                ("memory", "memory.limit_in_bytes")
+            }
+            _ => continue,
+        };
+        for group in groups.lines() {
+            let mut fields = group.splitn(3, ':').skip(1);
+            let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else {
+                continue;
+            };
+            if controllers.split(',').any(|name| name == controller) {
+                // A container sees its own group as the root of the mount.
+                let group = Path::new("/").join(Path::new(group).strip_prefix(root).unwrap_or(Path::new("")));
+                found.push((point.into(), group, file));
+            }
+        }
+    }
+    found
+}
 
 /// Unmaps the pages of the program's code.
 fn forget_program() -> io::Result<()> {
@@ -125,6 +189,36 @@ short line
         ] {
             assert_eq!(is_worth_it(used, free), worth, "{used} {free}");
         }
+    }
+
+    #[test]
+    fn limits_are_looked_for_where_memory_is_accounted() {
+        let mounts = "\
+31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw
+35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+36 31 0:33 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+";
+        let hybrid = "4:memory:/a/b\n1:cpu:/c\n0::/d\n";
+        let group = |mount: &str, group: &str, file| (PathBuf::from(mount), PathBuf::from(group), file);
+        assert_eq!(
+            directories(hybrid, mounts),
+            [
+                group("/sys/fs/cgroup/memory", "/a/b", "memory.limit_in_bytes"),
+                group("/sys/fs/cgroup/unified", "/d", "memory.max"),
+            ]
+        );
+        let container = "30 23 0:26 /kubepods/pod1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            directories("0::/kubepods/pod1/x\n", container),
+            [group("/sys/fs/cgroup", "/x", "memory.max")]
+        );
+        assert_eq!(
+            directories("0::/\n", container),
+            [group("/sys/fs/cgroup", "/", "memory.max")]
+        );
+        assert_eq!(number("268435456\n"), Some(256 << 20));
+        assert_eq!((number("max\n"), number("9223372036854771712\n")), (None, None));
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod hosted;
 mod links;
 mod load;
 pub mod log;
+pub mod lost;
 mod maps;
 pub mod memory;
 mod sys;

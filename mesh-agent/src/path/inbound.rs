@@ -144,11 +144,11 @@ impl Arrival {
     /// A tunnel of a peer's: TLS, then the identity against the view, then what it carries.
     async fn tunnel(mut self, view: &View, stream: TcpStream, first: BytesMut) {
         let shared = &self.worker.shared;
-        let timeout = shared.config.handshake_timeout;
+        let (timeout, patience) = (shared.config.handshake_timeout, shared.config.peer_patience);
         let Some(credential) = self.worker.credential(self.pod.identity()).await else {
             return self.refuse(view, stream, &Denial::of(Refusal::NoCredential));
         };
-        let accepted = tunnel::server::accept(stream, &first, &credential, self.worker.wall(), timeout).await;
+        let accepted = tunnel::server::accept(stream, &first, &credential, self.worker.wall(), timeout, patience).await;
         drop((credential, first));
         let accepted = match accepted {
             Ok(accepted) => accepted,

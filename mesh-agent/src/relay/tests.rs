@@ -16,7 +16,7 @@ use crate::{
         testing::{TestCa, id},
     },
     net::{OwnNetns, SocketSource, SystemClock},
-    tunnel::{Accepted, Pool, PoolConfig, Preface, TunnelKey, server},
+    tunnel::{Accepted, PeerPatience, Pool, PoolConfig, Preface, TunnelKey, server},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -74,9 +74,16 @@ async fn path(kind: Kind, stop: impl Future<Output = Stop> + 'static, idle: Opti
     let credential = ca.credential("cart");
     tokio::task::spawn_local(async move {
         let (tcp, _) = listener.accept().await.unwrap();
-        let accepted = server::accept(tcp, &[], &credential, SystemTime::now(), PATIENCE)
-            .await
-            .unwrap();
+        let accepted = server::accept(
+            tcp,
+            &[],
+            &credential,
+            SystemTime::now(),
+            PATIENCE,
+            PeerPatience::default(),
+        )
+        .await
+        .unwrap();
         let Accepted::Flow(mut flows, _) = accepted else {
             panic!("not a flow")
         };

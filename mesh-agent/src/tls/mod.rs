@@ -33,7 +33,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::identity::PeerIdentity;
+use crate::{identity::PeerIdentity, kernel::lost};
 
 use session::{LeftOver, Session, Stepped, Then};
 
@@ -99,6 +99,8 @@ enum WriteSide {
 
 /// A TCP stream under TLS 1.3.
 pub struct TlsStream {
+    /// Before the socket, so that it is dropped before it.
+    watch: Option<lost::Watch>,
     tcp: TcpStream,
     session: Session,
     /// Sealed bytes from the peer that do not make a whole record yet. Never holds a whole record.
@@ -142,6 +144,7 @@ impl TlsStream {
 
     fn new(tcp: TcpStream, session: Session, prefix: &[u8]) -> TlsStream {
         TlsStream {
+            watch: None,
             tcp,
             session,
             incoming: prefix.to_vec(),
@@ -183,6 +186,11 @@ impl TlsStream {
     /// Who the peer proved to be, once [`TlsStream::set_peer`] was told.
     pub fn peer(&self) -> Option<&PeerIdentity> {
         self.peer.as_deref()
+    }
+
+    /// Gives the connection up when the peer is silent for too long.
+    pub fn watch(&mut self, patience: Duration) {
+        self.watch = Some(lost::watch(&self.tcp, patience));
     }
 
     /// Notes who the peer proved to be.

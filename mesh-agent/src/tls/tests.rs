@@ -15,8 +15,8 @@ use crate::identity::{
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
 
 async fn sockets() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -127,13 +127,15 @@ async fn bytes_are_whole_against_every_peer() {
             }
             let total = if small_buffers { TOTAL / 8 } else { TOTAL };
             let [dialed, accepted] = pair(client, server, sockets).await;
+            // On one thread, as the tunnels of a worker.
+            let local = tokio::task::LocalSet::new();
             let mut tasks = JoinSet::new();
             for (stream, out, back) in [(dialed, 1, 2), (accepted, 2, 1)] {
                 let (mut reader, mut writer) = tokio::io::split(stream);
-                tasks.spawn(async move { send(&mut writer, out, total).await });
-                tasks.spawn(async move { receive(&mut reader, back, total).await });
+                tasks.spawn_local_on(async move { send(&mut writer, out, total).await }, &local);
+                tasks.spawn_local_on(async move { receive(&mut reader, back, total).await }, &local);
             }
-            let done = tokio::time::timeout(PATIENCE, tasks.join_all()).await;
+            let done = tokio::time::timeout(PATIENCE, local.run_until(tasks.join_all())).await;
             assert!(
                 done.is_ok(),
                 "stuck: client ours {client}, server ours {server}, small {small_buffers}"

@@ -17,12 +17,12 @@ pub mod slots;
 #[cfg(test)]
 mod tests;
 
-use std::{io, net::SocketAddr};
+use std::{io, net::SocketAddr, time::Duration};
 
 use mesh_api::identity::SpiffeId;
 
 use crate::{
-    identity::PeerError,
+    identity::{Alpn, PeerError},
     net::{ConnectError, NetnsId},
     tls::HandshakeError,
 };
@@ -45,6 +45,34 @@ pub struct TunnelKey {
     pub address: SocketAddr,
     /// The source's network namespace: it gives the tunnel its source address.
     pub netns: NetnsId,
+}
+
+/// How long a peer may be silent although it owes an answer, before its tunnel is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerPatience {
+    /// Where the tunnel carries requests: another one, perhaps to another endpoint, can take the next request, so the
+    /// sooner a lost peer is known the better.
+    pub requests: Duration,
+    /// Where it carries a flow, which nothing can replace: an outage of that length is outlived.
+    pub flows: Duration,
+}
+
+impl Default for PeerPatience {
+    fn default() -> PeerPatience {
+        PeerPatience {
+            requests: Duration::from_secs(20),
+            flows: Duration::from_secs(120),
+        }
+    }
+}
+
+impl PeerPatience {
+    fn of(self, alpn: Alpn) -> Duration {
+        match alpn {
+            Alpn::Http => self.requests,
+            Alpn::Tcp => self.flows,
+        }
+    }
 }
 
 /// Whether another attempt is safe after a tunnel was not to be had.

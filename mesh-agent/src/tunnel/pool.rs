@@ -17,12 +17,13 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    DialError, FlowStream, Preface, TunnelKey, client,
+    DialError, FlowStream, PeerPatience, Preface, TunnelKey, client,
     shared::Shared,
     slots::{Bounds, Facts, Gauge, Slots, Take},
 };
 use crate::{
     identity::{Alpn, Credential, CredentialEpoch, CredentialStore, PeerIdentity},
+    kernel::lost,
     net::{self, Clock, SocketSource},
     tls::TlsStream,
     transport::Transport,
@@ -51,8 +52,10 @@ pub struct PoolConfig {
     pub dial_timeout: Duration,
     /// Time for the TLS handshake, and for HTTP/2's settings.
     pub handshake_timeout: Duration,
-    /// How often idle tunnels are looked after.
+    /// How often idle tunnels, and silent peers, are looked after.
     pub sweep_interval: Duration,
+    /// How long a peer may be silent.
+    pub peer_patience: PeerPatience,
 }
 
 impl Default for PoolConfig {
@@ -68,6 +71,7 @@ impl Default for PoolConfig {
             dial_timeout: net::DIAL_TIMEOUT,
             handshake_timeout: Duration::from_secs(5),
             sweep_interval: Duration::from_secs(5),
+            peer_patience: PeerPatience::default(),
         }
     }
 }
@@ -199,6 +203,7 @@ impl Pool {
     /// Closes what may not be used again. Called at [`PoolConfig::sweep_interval`] by [`Pool::maintain`].
     pub fn sweep(&self) {
         let now = self.inner.clock.now();
+        lost::give_up(now);
         let mut closed = Vec::new();
         let credentials = &self.inner.credentials;
         let epoch_of = |key: &TunnelKey| credentials.get(&key.source).map(|credential| credential.epoch());
@@ -220,6 +225,12 @@ impl Pool {
             ticks.tick().await;
             self.sweep();
         }
+    }
+
+    /// Closes what is idle: descriptors are needed for what is not.
+    pub fn let_go(&self) {
+        let closed = self.inner.slots.borrow_mut().let_go();
+        closed.into_iter().for_each(close);
     }
 
     /// Closes what is idle, and from now on what comes back. The last requests of connections that live on still get
@@ -300,7 +311,8 @@ impl Pool {
         let (dial, handshake) = (config.dial_timeout, config.handshake_timeout);
         let opening = client::open(credential, &slot.key.0, alpn, from, wall, dial, handshake);
         // Boxed: a handshake is rare, and its state would lie in every connection's future.
-        let tunnel = Box::new(Box::pin(opening).await?);
+        let mut tunnel = Box::new(Box::pin(opening).await?);
+        tunnel.watch(config.peer_patience.of(alpn));
         slot.opened();
         let facts = self.facts(credential, tunnel.peer());
         Ok((tunnel, Leased { slot, facts }, false))

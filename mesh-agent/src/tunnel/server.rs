@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    FlowStream, Preface, ResetReason,
+    FlowStream, PeerPatience, Preface, ResetReason,
     flow::Home,
     frame::Head,
     preface::{PREFACE_BYTES, PrefaceDefect},
@@ -74,6 +74,7 @@ pub async fn accept(
     credential: &Credential,
     now: SystemTime,
     timeout: Duration,
+    patience: PeerPatience,
 ) -> Result<Accepted, TunnelError> {
     let handshake = TlsStream::accept(tcp, prefix, credential.server().clone(), timeout);
     // Boxed: a handshake is rare beside what follows on the tunnel.
@@ -81,6 +82,7 @@ pub async fn accept(
     let alpn = tls.alpn().and_then(Alpn::from_bytes).ok_or(TunnelError::Alpn)?;
     let peer = verify::peer(tls.peer_certificates(), credential.bundle(), now)?;
     tls.set_peer(peer.clone());
+    tls.watch(patience.of(alpn));
     Ok(match alpn {
         Alpn::Http => Accepted::Http(Transport::Tls(tls), peer),
         Alpn::Tcp => Accepted::Flow(

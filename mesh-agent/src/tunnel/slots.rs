@@ -228,6 +228,11 @@ impl<K: Clone + Eq + Hash, T, E: Copy + Eq> Slots<K, T, E> {
     /// Keeps nothing from now on and returns every ready tunnel for closing. Who still has a request is still served.
     pub fn drain(&mut self) -> Vec<T> {
         self.draining = true;
+        self.let_go()
+    }
+
+    /// Returns every ready tunnel for closing.
+    pub fn let_go(&mut self) -> Vec<T> {
         let mut closed = Vec::new();
         for lane in self.lanes.values_mut() {
             closed.extend(lane.ready.drain(..).map(|ready| ready.tunnel));

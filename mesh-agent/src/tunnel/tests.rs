@@ -79,7 +79,16 @@ impl Destination {
             while let Ok((tcp, _)) = listener.accept().await {
                 let (credential, with, seen) = (credential.clone(), with.clone(), seen.clone());
                 tokio::task::spawn_local(async move {
-                    match server::accept(tcp, &[], &credential, SystemTime::now(), PATIENCE).await {
+                    match server::accept(
+                        tcp,
+                        &[],
+                        &credential,
+                        SystemTime::now(),
+                        PATIENCE,
+                        PeerPatience::default(),
+                    )
+                    .await
+                    {
                         Ok(accepted) => {
                             let (Accepted::Http(_, peer) | Accepted::Flow(_, peer)) = &accepted;
                             seen.borrow_mut().push(Ok(PeerIdentitySeen(peer.spiffe.to_string())));
