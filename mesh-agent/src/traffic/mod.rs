@@ -37,8 +37,9 @@ use mesh_api::{
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
+pub use self::breaker::BreakerState;
 use self::{
-    breaker::{Breaker, BreakerState, Ticket},
+    breaker::{Breaker, Ticket},
     limit::{Buckets, Rate},
 };
 

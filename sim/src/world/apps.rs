@@ -14,7 +14,7 @@ use real_tokio::{
 
 use super::{
     World,
-    mesh::{ACCOUNTS, BROKEN, FLOW, PodModel, WEB, service},
+    mesh::{ACCOUNTS, BROKEN, FLOW, LIMITED, PodModel, WEB, service},
 };
 use crate::{
     kernel::NetnsCookie,
@@ -167,6 +167,10 @@ impl World {
                 return Ok(());
             };
             self.delivered(id, pod, shown.as_ref(), false);
+            let model = &self.mesh.pods[pod];
+            if self.mesh.limits && model.account == LIMITED {
+                self.limited.borrow_mut().push((model.node, Instant::now()));
+            }
             while input.len() < head.length {
                 if stream.read_buf(&mut input).await? == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());

@@ -8,9 +8,10 @@ use serde_json::Value;
 use super::{
     ENDING, QUIET, Report, World,
     apps::{Asked, Outcome},
-    mesh::{ACCOUNTS, BROKEN, CONNECTIONS_MAX, FLOW, NODES, REQUESTS_MAX, service},
+    mesh::{ACCOUNTS, BROKEN, CONNECTIONS_MAX, FLOW, NODES, RATE, REQUESTS_MAX, service},
     node::Generation,
 };
+use crate::traffic::BreakerState;
 use mesh_api::view::Destination;
 
 /// What the agents of a node said of a pair of accounts in a span of time.
@@ -127,6 +128,9 @@ impl World {
             if endpoint.active > 0 {
                 self.fail(format!("{who}: {endpoint:?} counts requests that are over"));
             }
+            if matches!(endpoint.breaker, BreakerState::HalfOpen { probes, .. } if probes > 0) {
+                self.fail(format!("{who}: {endpoint:?} waits for probes that are over"));
+            }
         }
         self.check_limits(&who, generation);
     }
@@ -193,10 +197,36 @@ impl World {
             }
         }
         self.check_flow_records();
+        self.check_rate();
         let carried = self.network.carried();
         Report {
             trace: self.hash.get() ^ carried,
             ..report
+        }
+    }
+
+    /// The rate limit of a node's agents: in no span of time more than their buckets held and got.
+    fn check_rate(&self) {
+        let limited = self.limited.borrow();
+        for node in 0..NODES {
+            let agents = self.nodes[node].generations.borrow().len();
+            let arrivals: Vec<Instant> = limited
+                .iter()
+                .filter(|(of, _)| *of == node)
+                .map(|(_, at)| *at)
+                .collect();
+            for (first, from) in arrivals.iter().enumerate() {
+                for (last, until) in arrivals.iter().enumerate().skip(first) {
+                    let (count, span) = (last - first + 1, *until - *from);
+                    let max = f64::from(RATE) * (agents as f64 + span.as_secs_f64());
+                    if count as f64 > max {
+                        self.fail(format!(
+                            "node {node} let {count} requests in within {span:?}, of {max} at most"
+                        ));
+                        return;
+                    }
+                }
+            }
         }
     }
 

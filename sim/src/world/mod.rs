@@ -101,6 +101,8 @@ pub struct World {
     pub asked: RefCell<BTreeMap<u64, Asked>>,
     /// Idle connections of sources.
     pub kept: RefCell<BTreeMap<(usize, usize), Vec<TcpStream>>>,
+    /// Requests that reached the account with a rate limit: on which node and when.
+    pub limited: RefCell<Vec<(usize, Instant)>>,
     pub state_dir: PathBuf,
     switched_at: Cell<Option<Instant>>,
     next: Cell<u64>,
@@ -131,6 +133,7 @@ impl World {
             network,
             asked: RefCell::default(),
             kept: RefCell::default(),
+            limited: RefCell::default(),
             state_dir: state_dir.to_owned(),
             switched_at: Cell::new(None),
             next: Cell::new(1),
