@@ -177,8 +177,8 @@ impl Scene<'_> {
         let started = Instant::now();
         until("the agent has the newest revision", STEP_LIMIT, || {
             let status = self.lab.ctl_json(&["status"])?;
-            let nodes = status["nodes"].as_array().context("no nodes")?;
-            let ours = nodes.iter().find(|node| node["node"] == NODE).context("no node")?;
+            let agents = status["agents"].as_array().context("no agents")?;
+            let ours = agents.iter().find(|agent| agent["node"] == NODE).context("no agent")?;
             Ok((ours["current"] == true).then_some(()))
         })?;
         Ok(json!({"seconds": started.elapsed().as_secs_f64()}))
