@@ -5,6 +5,7 @@ use core::mem::{align_of, offset_of, size_of};
 use crate::{
     addr::{Addr, Endpoint},
     announce::{Announcement, Tuple},
+    direct::{DirectEndpoint, DirectEntry, DirectFlow, DirectKey, DirectState},
     flow::{FlowKey, SocketView},
     pod::{Config, PodEntry, PortSet, SteerEntry},
 };
@@ -19,6 +20,13 @@ const _: () = {
     assert!(offset_of!(SocketView, number) == 40);
     assert!(size_of::<Tuple>() == 40 && align_of::<Tuple>() == 4 && offset_of!(Tuple, destination) == 20);
     assert!(size_of::<Announcement>() == 8 && align_of::<Announcement>() == 4);
+    assert!(size_of::<DirectKey>() == 32 && align_of::<DirectKey>() == 8 && offset_of!(DirectKey, pad) == 28);
+    assert!(size_of::<DirectEndpoint>() == 32 && offset_of!(DirectEndpoint, pad) == 28);
+    assert!(size_of::<DirectEntry>() == 280 && align_of::<DirectEntry>() == 8);
+    assert!(offset_of!(DirectEntry, pad) == 20 && offset_of!(DirectEntry, endpoints) == 24);
+    assert!(size_of::<DirectState>() == 32 && align_of::<DirectState>() == 8);
+    assert!(size_of::<DirectFlow>() == 128 && align_of::<DirectFlow>() == 8);
+    assert!(offset_of!(DirectFlow, source) == 64 && offset_of!(DirectFlow, ended_in) == 124);
     assert!(size_of::<PortSet>() == 64 && align_of::<PortSet>() == 2);
     assert!(
         size_of::<Config>() == 280
@@ -53,4 +61,12 @@ mod user {
     unsafe impl aya::Pod for Tuple {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Announcement {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for DirectKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for DirectEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for DirectState {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for DirectFlow {}
 }

@@ -2,7 +2,7 @@
 //!
 //! Both sides compile this crate: the kernel programs for `bpfel-unknown-none`, the agent for the host. It holds
 //! the keys and values of the maps, their names and bounds, the reason codes, and the pure decisions
-//! ([`capture::decide`], [`steer::decide`], [`announce`], [`guard`]) which the kernel runs and the host tests.
+//! ([`capture::decide`], [`steer::decide`], [`announce`], [`direct`], [`guard`]) which the kernel runs and the host tests.
 //!
 //! Nothing else may enter: no allocation, no I/O, no type whose layout a compiler is free to choose.
 #![cfg_attr(not(test), no_std)]
@@ -10,6 +10,7 @@
 mod addr;
 pub mod announce;
 pub mod capture;
+pub mod direct;
 mod flow;
 pub mod guard;
 mod layout;
@@ -64,6 +65,14 @@ pub mod maps {
     pub const PEERS: &str = "PEERS";
     /// `Tuple` -> `Announcement`: flows that may pass where they arrive, until their sockets close.
     pub const ANNOUNCED: &str = "ANNOUNCED";
+    /// `[DirectState; 2]`: the owner's, and what other agents took away.
+    pub const DIRECT_STATE: &str = "DIRECT_STATE";
+    /// `DirectKey` -> `DirectEntry`: what may be connected without the agent.
+    pub const DIRECT: &str = "DIRECT";
+    /// socket cookie -> `DirectFlow`: flows without the agent, until they close.
+    pub const DIRECT_FLOWS: &str = "DIRECT_FLOWS";
+    /// `DirectFlow`s that have closed, until the agent takes them.
+    pub const DIRECT_ENDED: &str = "DIRECT_ENDED";
     /// `Reason` -> count per CPU.
     pub const REASONS: &str = "REASONS";
 
@@ -75,7 +84,7 @@ pub mod maps {
     pub const STRANGERS: &str = "STRANGERS";
 
     /// Every map.
-    pub const ALL: [&str; 14] = [
+    pub const ALL: [&str; 18] = [
         CONFIG,
         AGENTS,
         GUARDED,
@@ -89,6 +98,10 @@ pub mod maps {
         ORIG_BY_FLOW,
         PEERS,
         ANNOUNCED,
+        DIRECT_STATE,
+        DIRECT,
+        DIRECT_FLOWS,
+        DIRECT_ENDED,
         REASONS,
     ];
 
@@ -112,6 +125,12 @@ pub mod maps {
     pub const PEERS_MAX: u32 = 131_072;
     /// Announced flows; the least recently used go first. One is needed until its connection is established.
     pub const ANNOUNCED_MAX: u32 = 65536;
+    /// Pairs of a source and a destination that need no agent; further ones go through it.
+    pub const DIRECT_MAX: u32 = 16384;
+    /// Open flows without the agent; further ones go through it.
+    pub const DIRECT_FLOWS_MAX: u32 = 65536;
+    /// Closed flows that wait for the agent; further ones wait in `DIRECT_FLOWS`.
+    pub const DIRECT_ENDED_MAX: u32 = 8192;
 }
 
 /// Names of the kernel programs: the symbol of the function.

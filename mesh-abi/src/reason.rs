@@ -80,6 +80,10 @@ reasons! {
     InboundDirect = 21, "inbound-direct", pass;
     /// Bookkeeping: a flow could not be announced; where it arrives it is judged like any other.
     AnnouncementNotWritten = 22, "announcement-not-written", note;
+    /// Outbound: goes to an endpoint of this node without the agent.
+    OutboundDirect = 23, "outbound-direct", pass;
+    /// Outbound: could do without the agent and could not be kept on record, so it goes to the agent.
+    DirectNotKept = 24, "direct-not-kept", note;
 }
 
 #[cfg(test)]

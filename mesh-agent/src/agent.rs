@@ -7,6 +7,7 @@
 use std::{
     collections::BTreeSet,
     io,
+    rc::Rc,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -35,6 +36,7 @@ use crate::{
     identity::{CredentialStore, TrustBundle, issue::Issuer, keep::Keep},
     kernel::{self, Kernel, KernelConfig, memory::Memory, node_addresses},
     net::{self, SystemClock},
+    path::direct::Direct,
     pods::{self, CaptureTimes, Discovery, GateConfig, Leave, Netns, PodStatus, Pods, Sandboxes, WorkerCommand},
     traffic::{Traffic, breaker::BreakerState},
     view::{AgentReport, SyncConfig, SyncHealth, ViewStore, ViewSync},
@@ -45,6 +47,9 @@ use crate::{
 const POD_RETRY: Duration = Duration::from_secs(1);
 /// How often it is asked whom the kernel refused as a stranger.
 const STRANGERS_LOOK: Duration = Duration::from_millis(250);
+/// How often direct connections that have ended are told of: before the kernel's queue of them is full at the rate that
+/// a node can connect.
+const DIRECT_LOOK: Duration = Duration::from_millis(200);
 /// How often the keeper is looked after.
 const KEEPER_LOOK: Duration = Duration::from_secs(1);
 /// How long a keeper may take to be there at the start: what it holds must not be made a second time.
@@ -128,6 +133,20 @@ async fn serve(config: AgentConfig) -> Result<()> {
     events.add_source(Box::new(health.clone()));
 
     let (stand_back, stands_back) = oneshot::channel::<()>();
+    let direct = Direct::open(
+        &config.node,
+        kernel.clone(),
+        pods.directory(),
+        events.clone(),
+        drain.clone(),
+    );
+    let direct = Rc::new(direct.context("the maps of direct connections")?);
+    if view.peek().revision().0 > 0 {
+        // The agent before this one may have saved a view and died before it took away what that does not permit.
+        direct.narrow(&view.load());
+    }
+    let narrowing = direct.clone();
+    let sync = sync.before_publishing(move |view| narrowing.narrow(view));
     let sync = sync.stand_back_when(async move {
         if stands_back.await.is_err() {
             std::future::pending().await
@@ -154,6 +173,7 @@ async fn serve(config: AgentConfig) -> Result<()> {
         traffic,
         events: events.clone(),
         pods,
+        direct,
         sandboxes,
         kept,
         looked,
@@ -343,6 +363,7 @@ struct Upkeep {
     traffic: Arc<Traffic>,
     events: Arc<Events>,
     pods: Pods,
+    direct: Rc<Direct>,
     /// On Kubernetes only.
     sandboxes: Option<watch::Receiver<Arc<Sandboxes>>>,
     /// Whether the keeper, if there should be one, holds what it should.
@@ -375,6 +396,7 @@ impl Upkeep {
         let mut issued = self.credentials.subscribe();
         let mut strangers = tokio::time::interval(STRANGERS_LOOK);
         let mut looks = tokio::time::interval(KEEPER_LOOK);
+        let mut ends = tokio::time::interval(DIRECT_LOOK);
         let mut known: Option<(Revision, tokio::time::Instant)> = None;
         loop {
             let view = self.view.load();
@@ -397,6 +419,7 @@ impl Upkeep {
             }
             // Before there is a view nothing is known, and what an earlier agent captured stays captured.
             if view.revision().0 > 0 {
+                self.direct.enforce(&view);
                 let here: Vec<Arc<Workload>> = view.workloads_on(&self.node).cloned().collect();
                 let wanted: BTreeSet<SpiffeId> = here
                     .iter()
@@ -413,6 +436,8 @@ impl Upkeep {
                     |id| view.has_limit(id),
                 );
                 self.pods.reconcile(&here).await;
+                // A newer one may have come meanwhile, and what it took away stays so.
+                self.direct.apply(&self.view.load());
                 self.kept.store(self.pods.is_kept(), Ordering::Relaxed);
                 self.tell();
                 self.looked.store(true, Ordering::Relaxed);
@@ -424,6 +449,7 @@ impl Upkeep {
                     _ = changes.changed() => break,
                     () = changed(&mut self.sandboxes) => break,
                     _ = strangers.tick() => if self.pods.meet_strangers() { break },
+                    _ = ends.tick() => self.direct.look(&self.view.load()),
                     _ = issued.changed() => self.tell(),
                     // Peers are judged by the newest roots, without waiting for a renewal.
                     Ok(()) = self.bundle.changed() => {
@@ -438,6 +464,7 @@ impl Upkeep {
                     _ = burdens.tick() => memory.tidy(),
                     _ = housekeeping.tick() => {
                         self.events.expire(tokio::time::Instant::now().into_std());
+                        self.direct.tidy(&self.view.load());
                         self.tell();
                     }
                 }

@@ -6,6 +6,8 @@
 
 #[path = "kernel/announce.rs"]
 mod announce;
+#[path = "kernel/direct.rs"]
+mod direct;
 #[path = "kernel/foreign.rs"]
 mod foreign;
 #[path = "kernel/guard.rs"]

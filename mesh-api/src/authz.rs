@@ -38,6 +38,8 @@ pub struct InboundPolicy {
     pub protocol: AppProtocol,
     /// The services that this port serves, ordered by name; for names in telemetry.
     pub services: Arc<[Arc<Service>]>,
+    /// Whether flows from the workload's own node may do without the agent, if nothing else stands against it.
+    pub direct: bool,
 }
 
 /// The access rules of one port of one workload, compiled with a view.

@@ -734,7 +734,18 @@ fn mesh_policies_and_subsets() {
     bad(
         "MeshPolicy",
         "  targetRefs: [{kind: Mesh}]\n",
-        &["file.yaml:5: spec.mtls: is missing, expected mode, ports or both"],
+        &["file.yaml:5: spec: says nothing, expected mtls, sameNode or both"],
+    );
+    let document = good("MeshPolicy", "  targetRefs: [{kind: Mesh}]\n  sameNode: direct\n");
+    let expected = serde_json::json!({
+        "targetRefs": [{"group": "nodemesh.io", "kind": "Mesh"}],
+        "sameNode": "direct"
+    });
+    assert_eq!(document.policy_spec(), Some(expected));
+    bad(
+        "MeshPolicy",
+        "  targetRefs: [{kind: Mesh}]\n  sameNode: yes\n",
+        &["file.yaml:6: spec.sameNode: \"yes\" is not known, expected agent or direct"],
     );
     bad(
         "MeshPolicy",

@@ -16,8 +16,8 @@ use mesh_api::{
         HttpRouteMatch, HttpRouteRetry, HttpRouteRule, HttpRouteTimeouts, IdentityMatch, Limit, LimitAlgorithm,
         LimitKeyField, LimitScope, LoadBalancer, MeshPolicy, MtlsMode, MtlsSettings, ParentRef, PathMatch,
         PathModifier, PortRef, RateLimit, RegexPattern, RequestField, RequestRate, RequestRedirect, RetryBudget,
-        RetryCondition, RetryPolicy, ServiceSubset, SourceClause, SourceField, StringMatch, TargetClause, TargetRef,
-        TrafficPolicy, TrafficTimeouts, UrlRewrite,
+        RetryCondition, RetryPolicy, SameNode, ServiceSubset, SourceClause, SourceField, StringMatch, TargetClause,
+        TargetRef, TrafficPolicy, TrafficTimeouts, UrlRewrite,
     },
     wire::{CertificateReport, PodReport, Report, TrustRoots, Update, control},
     workload::{
@@ -403,14 +403,15 @@ fn traffic_policy() -> impl Strategy<Value = TrafficPolicy> {
 
 fn mesh_policy() -> impl Strategy<Value = MeshPolicy> {
     let mode = || prop_oneof![Just(MtlsMode::Strict), Just(MtlsMode::Permissive), Just(MtlsMode::Off)];
-    (targets(target()), mode(), collection::btree_map(port(), mode(), 0..3)).prop_map(|(target_refs, mode, ports)| {
-        MeshPolicy {
-            target_refs,
-            mtls: Some(MtlsSettings {
-                mode: Some(mode),
-                ports,
-            }),
-        }
+    let same_node = prop_oneof![Just(None), Just(Some(SameNode::Agent)), Just(Some(SameNode::Direct))];
+    let ports = collection::btree_map(port(), mode(), 0..3);
+    (targets(target()), mode(), ports, same_node).prop_map(|(target_refs, mode, ports, same_node)| MeshPolicy {
+        target_refs,
+        mtls: Some(MtlsSettings {
+            mode: Some(mode),
+            ports,
+        }),
+        same_node,
     })
 }
 

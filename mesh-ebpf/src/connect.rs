@@ -8,6 +8,7 @@
 //! | loopback, the pod's own address, excluded port, the agent's own socket | passes as asked |
 //! | no agent listener of that family, or bound to a device that it cannot be taken off | `ENETUNREACH` |
 //! | the original destination cannot be kept (no memory) | `ENOBUFS` |
+//! | to another pod of this node, as a direct flow | goes there, see `direct` |
 //! | no agent listens, fail mode refuse | `ECONNREFUSED`, by the kernel itself |
 //! | no agent listens, fail mode pass | passes as asked |
 //!
@@ -33,7 +34,7 @@ use crate::{
         forget_socket_view, keep_socket_view, netns_cookie, set_user4, set_user6, user_address4, user_address6,
         user_port, word,
     },
-    guard, hosted,
+    direct, guard, hosted,
     maps::{AGENTS, PODS, config, count},
     node,
 };
@@ -123,6 +124,9 @@ fn judge(ctx: &SockAddrContext, destination: Endpoint) -> Answer {
         Verdict::Pass(reason) => pass(raw, reason),
         Verdict::Refuse(reason) => refuse(reason),
         Verdict::Agent(agent) => {
+            if let Some(endpoint) = direct::decide(raw, cookie, destination) {
+                return Answer::Redirect(endpoint);
+            }
             let answer = redirect(raw, pod, destination, agent);
             debug!(
                 ctx,

@@ -5,11 +5,12 @@ use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::SkStorage,
     macros::{btf_map, map},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, Queue, SockHash},
 };
 use mesh_abi::{
     ABI_VERSION, Addr, Config, Endpoint, FlowKey, PodEntry, REASONS, Reason, SocketView, SteerEntry,
     announce::{Announcement, Tuple},
+    direct::{DirectEntry, DirectFlow, DirectKey, DirectState, STATES},
     maps,
 };
 
@@ -74,6 +75,25 @@ pub static PEERS: HashMap<FlowKey, Endpoint> = HashMap::with_max_entries(maps::P
 /// again proves nothing. Least recently used go first: a flow that loses its entry while it connects goes to the agent.
 #[map]
 pub static ANNOUNCED: LruHashMap<Tuple, Announcement> = LruHashMap::with_max_entries(maps::ANNOUNCED_MAX, 0);
+
+/// Which direct entries are valid: the word of the agent that owns them, and that of the others.
+#[map]
+pub static DIRECT_STATE: Array<DirectState> = Array::with_max_entries(STATES, 0);
+
+/// What may be connected without the agent. Written and deleted by the agent with each view, before it says that it
+/// holds the view.
+#[map]
+pub static DIRECT: HashMap<DirectKey, DirectEntry> = HashMap::with_max_entries(maps::DIRECT_MAX, BPF_F_NO_PREALLOC);
+
+/// Open direct flows by their sockets' cookies. Written at `connect()`, deleted when the socket closes; one whose end
+/// could not be queued, and one whose connection never got under way, is deleted by the agent.
+#[map]
+pub static DIRECT_FLOWS: HashMap<u64, DirectFlow> =
+    HashMap::with_max_entries(maps::DIRECT_FLOWS_MAX, BPF_F_NO_PREALLOC);
+
+/// Direct flows that have closed. Taken by the agent, each once, whichever generation of it does.
+#[map]
+pub static DIRECT_ENDED: Queue<DirectFlow> = Queue::with_max_entries(maps::DIRECT_ENDED_MAX, 0);
 
 /// How often each reason was given. Fixed size.
 #[map(name = "REASONS")]

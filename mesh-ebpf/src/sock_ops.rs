@@ -15,12 +15,13 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use mesh_abi::{
-    Addr, Endpoint, FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, Reason, SocketView,
+    Addr, Endpoint, FlowKey, ROLE_ACCEPTED, ROLE_CAPTURED, ROLE_DIRECT, Reason, SocketView,
     announce::{self, Tuple},
 };
 
 use crate::{
     context::{address, either, keep_socket_view, netns_cookie, socket_view, word},
+    direct,
     maps::{ANNOUNCED, ORIG_BY_FLOW, PEERS, config, count},
 };
 
@@ -29,6 +30,7 @@ const PASSIVE_ESTABLISHED: u32 = 5;
 const STATE: u32 = 10;
 const STATE_CB_FLAG: i32 = 4;
 const TCP_SYN_SENT: u32 = 2;
+const TCP_FIN_WAIT2: u32 = 5;
 const TCP_CLOSE: u32 = 7;
 const AF_INET: u32 = 2;
 
@@ -132,9 +134,13 @@ unsafe fn connecting(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
                 return;
             }
         } else if let Some(announcement) = announce::of(view) {
-            if ANNOUNCED.insert(&tuple(ops, view), &announcement, 0).is_err() {
-                count(Reason::AnnouncementNotWritten);
+            let tuple = tuple(ops, view);
+            if view.role == ROLE_DIRECT && !direct::connecting(ops, &tuple) {
                 return;
+            }
+            // What is on record is followed to its end all the same.
+            if ANNOUNCED.insert(&tuple, &announcement, 0).is_err() {
+                count(Reason::AnnouncementNotWritten);
             }
         } else {
             return;
@@ -155,13 +161,16 @@ unsafe fn changed(ops: *mut bpf_sock_ops, sk: *mut bpf_sock) {
     unsafe {
         let args: *const u32 = (&raw const (*ops).__bindgen_anon_1).cast();
         let (old, new) = (word(args), word(args.add(1)));
-        if old != TCP_SYN_SENT && new != TCP_CLOSE {
+        if old != TCP_SYN_SENT && new != TCP_CLOSE && new != TCP_FIN_WAIT2 {
             return;
         }
         let Some(view) = socket_view(sk) else {
             return;
         };
         if announce::of(view).is_some() {
+            if view.role == ROLE_DIRECT && (new == TCP_CLOSE || new == TCP_FIN_WAIT2) {
+                direct::changed(ops, old, new);
+            }
             if new == TCP_CLOSE {
                 let _evicted_already_is_fine = ANNOUNCED.remove(&tuple(ops, view));
             }

@@ -254,6 +254,13 @@ impl ConnRecord {
 
     shared_setters!();
 
+    /// How long the connection had lasted when it was opened here, for one that is told of afterwards.
+    pub fn set_lasted(&mut self, lasted: Duration) {
+        if let Some(opened) = self.common.opened.checked_sub(lasted) {
+            self.common.opened = opened;
+        }
+    }
+
     /// The number of this connection in lines, for its requests; 0 when no lines are written.
     pub fn id(&self) -> u64 {
         self.common.details.as_ref().map_or(0, |d| d.connection)

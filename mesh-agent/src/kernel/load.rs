@@ -18,12 +18,12 @@ use aya::{
     programs::{CgroupSock, CgroupSockAddr, Program, SkLookup, SockOps},
 };
 use aya_log::EbpfLogger;
-use mesh_abi::{ABI_SYMBOL, ABI_VERSION, Config, REASONS, maps as names, programs};
+use mesh_abi::{ABI_SYMBOL, ABI_VERSION, Config, REASONS, direct::STATES, maps as names, programs};
 use parking_lot::Mutex;
 
 use super::{
     KERNEL_MIN, Kernel, KernelConfig, KernelError, KernelLogger, Peers, cgroup, hosted, links,
-    maps::{Listeners, Map, Maps},
+    maps::{Listeners, Map, Maps, Queue},
     sys::{self, AttachType},
 };
 
@@ -167,6 +167,7 @@ fn map_fd(ebpf: &Ebpf, name: &'static str) -> Result<OwnedFd, KernelError> {
             | Loaded::HashMap(data)
             | Loaded::LruHashMap(data)
             | Loaded::PerCpuArray(data)
+            | Loaded::Queue(data)
             | Loaded::SockHash(data),
         ) => data,
         _ => return Err(KernelError::Missing(name)),
@@ -195,6 +196,14 @@ fn open_maps(ebpf: &Ebpf) -> Result<Maps, KernelError> {
         ),
         peers: Map::new(map_fd(ebpf, names::PEERS)?, names::PEERS, names::PEERS_MAX),
         announced: Map::new(map_fd(ebpf, names::ANNOUNCED)?, names::ANNOUNCED, names::ANNOUNCED_MAX),
+        direct_state: Map::new(map_fd(ebpf, names::DIRECT_STATE)?, names::DIRECT_STATE, STATES),
+        direct: Map::new(map_fd(ebpf, names::DIRECT)?, names::DIRECT, names::DIRECT_MAX),
+        direct_flows: Map::new(
+            map_fd(ebpf, names::DIRECT_FLOWS)?,
+            names::DIRECT_FLOWS,
+            names::DIRECT_FLOWS_MAX,
+        ),
+        direct_ended: Queue::new(map_fd(ebpf, names::DIRECT_ENDED)?, names::DIRECT_ENDED),
         reasons: Map::new(map_fd(ebpf, names::REASONS)?, names::REASONS, REASONS),
     })
 }

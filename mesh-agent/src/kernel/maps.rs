@@ -10,6 +10,7 @@ use aya::Pod;
 use mesh_abi::{
     Addr, Config, Endpoint, FlowKey, PodEntry, Reason, SteerEntry,
     announce::{Announcement, Tuple},
+    direct::{DirectEntry, DirectFlow, DirectKey, DirectState},
     maps as names,
 };
 
@@ -37,7 +38,18 @@ pub struct Maps {
     pub flows: Map<FlowKey, Endpoint>,
     pub peers: Map<FlowKey, Endpoint>,
     pub announced: Map<Tuple, Announcement>,
+    pub direct_state: Map<u32, DirectState>,
+    pub direct: Map<DirectKey, DirectEntry>,
+    pub direct_flows: Map<u64, DirectFlow>,
+    pub direct_ended: Queue<DirectFlow>,
     pub reasons: Map<u32, u64>,
+}
+
+/// A queue of values `V`.
+pub struct Queue<V> {
+    fd: OwnedFd,
+    name: &'static str,
+    kinds: PhantomData<fn() -> V>,
 }
 
 /// The socket hash: addresses to listening sockets.
@@ -108,6 +120,23 @@ impl<K: Pod, V: Pod> Map<K, V> {
     }
 }
 
+impl<V: Pod> Queue<V> {
+    /// A handle of a queue which the loaded object declares with exactly this type.
+    pub fn new(fd: OwnedFd, name: &'static str) -> Queue<V> {
+        Queue {
+            fd,
+            name,
+            kinds: PhantomData,
+        }
+    }
+
+    /// The first value, which is removed.
+    pub fn pop(&self) -> Result<Option<V>, KernelError> {
+        // SAFETY: `V` is the map's own type; it is plain data.
+        unsafe { sys::pop(&self.fd) }.map_err(|source| KernelError::Map { map: self.name, source })
+    }
+}
+
 impl Listeners {
     /// A handle of the socket hash.
     pub fn new(fd: OwnedFd) -> Listeners {
@@ -142,6 +171,8 @@ impl Maps {
             self.listeners.0.gauge(),
             self.flows.gauge(),
             self.peers.gauge(),
+            self.direct.gauge(),
+            self.direct_flows.gauge(),
             self.announced.gauge(),
         ];
         gauges

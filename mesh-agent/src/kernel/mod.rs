@@ -7,6 +7,7 @@
 //! All methods take `&self`, are cheap system calls and may be called from any thread. Nothing here knows policy.
 
 mod cgroup;
+pub mod direct;
 mod guard;
 mod hosted;
 mod links;
@@ -459,6 +460,12 @@ impl Kernel {
             if entry.is_some_and(|entry| !alive.contains(&NetnsCookie(entry.netns))) {
                 self.maps.steer.delete(&addr)?;
                 self.maps.listeners.delete(&addr)?;
+            }
+        }
+        for flow in self.direct_flows()? {
+            // A namespace that is gone has taken its sockets along; what has closed is still to be told.
+            if flow.closed == 0 && !alive.contains(&NetnsCookie(flow.netns)) {
+                self.maps.direct_flows.delete(&flow.socket)?;
             }
         }
         for key in self.maps.peers.keys()? {

@@ -162,6 +162,28 @@ pub unsafe fn lookup<K, V>(map: &impl AsFd, key: &K, take: bool) -> io::Result<O
     }
 }
 
+/// Takes the first value out of a queue; `None` when it is empty.
+///
+/// # Safety
+/// `V` must be plain integers of exactly the map's value size.
+pub unsafe fn pop<V>(queue: &impl AsFd) -> io::Result<Option<V>> {
+    let mut value = MaybeUninit::<V>::uninit();
+    let mut attr = Elem {
+        map_fd: raw(queue),
+        pad: 0,
+        key: 0,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the value has the map's size by the caller's promise; a queue has no key.
+    match unsafe { bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) } {
+        // SAFETY: the kernel filled the whole value.
+        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Reads the values of all CPUs into the slice.
 ///
 /// # Safety

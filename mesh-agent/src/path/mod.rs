@@ -8,6 +8,7 @@
 //! gives the next type or a [`Refusal`](crate::event::Refusal); nothing here invents a permit.
 
 pub mod deliver;
+pub mod direct;
 pub mod inbound;
 pub mod judge;
 pub mod names;

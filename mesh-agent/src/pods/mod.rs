@@ -33,7 +33,7 @@ pub use latency::CaptureTimes;
 pub use netns::Netns;
 pub use pod::Pod;
 pub use reconcile::Pods;
-pub use sever::sever;
+pub use sever::{SocketName, sever, sever_sockets};
 
 /// What the control thread tells a worker.
 #[derive(Debug)]

@@ -1,13 +1,13 @@
-//! Ends a pod's TCP connections that were made before it was captured (`SOCK_DESTROY`).
+//! Ends a pod's TCP connections (`SOCK_DESTROY`); its application sees `ECONNABORTED`, the other end a reset.
 //!
-//! For one case only: a node that has just started. The runtime starts pods as soon as it can, the agent among them,
-//! and what a pod connected before its capture would go around the mesh for as long as it lives. The application sees
-//! `ECONNABORTED` and connects again. What the pod accepted is left alone: the other end's agent sees to that.
+//! For two cases only. A node that has just started: the runtime starts pods as soon as it can, the agent among them,
+//! and what a pod connected before its capture would go around the mesh for as long as it lives. What the pod accepted
+//! is left alone: the other end's agent sees to that. And direct connections that lost their permit.
 
 use std::{
     collections::BTreeSet,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
@@ -29,6 +29,17 @@ const LISTENING: u32 = 1 << 10;
 const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8;
 /// The most sockets that are ended at once; a pod with more keeps the rest.
 const SOCKETS_MAX: usize = 65_536;
+
+/// One TCP socket that has connected: its two ends, and its cookie, so that no other one is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketName {
+    /// Its own address and port.
+    pub source: SocketAddr,
+    /// What it is connected to.
+    pub destination: SocketAddr,
+    /// `SO_COOKIE`.
+    pub cookie: u64,
+}
 
 /// A socket as the kernel names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +72,47 @@ impl Named {
     }
 }
 
+impl From<&SocketName> for Named {
+    fn from(socket: &SocketName) -> Named {
+        let mut id = [0_u8; ID];
+        let mut put = |at: usize, bytes: &[u8]| {
+            if let Some(place) = id.get_mut(at..at + bytes.len()) {
+                place.copy_from_slice(bytes);
+            }
+        };
+        put(0, &socket.source.port().to_be_bytes());
+        put(2, &socket.destination.port().to_be_bytes());
+        for (at, ip) in [(4, socket.source.ip()), (20, socket.destination.ip())] {
+            match ip.to_canonical() {
+                IpAddr::V4(ip) => put(at, &ip.octets()),
+                IpAddr::V6(ip) => put(at, &ip.octets()),
+            }
+        }
+        // After the interface, which is any: the lower half of the cookie, then the upper one.
+        put(40, &(socket.cookie as u32).to_ne_bytes());
+        put(44, &((socket.cookie >> 32) as u32).to_ne_bytes());
+        let family = match socket.destination.ip().to_canonical() {
+            IpAddr::V4(_) => libc::AF_INET,
+            IpAddr::V6(_) => libc::AF_INET6,
+        };
+        Named {
+            family: family as u8,
+            id,
+        }
+    }
+}
+
+/// Ends these sockets of the namespace's processes; returns how many there still were. Synchronous.
+pub fn sever_sockets(netns: &Netns, sockets: &[SocketName]) -> io::Result<usize> {
+    netns
+        .run(|| {
+            let diag = open()?;
+            let named: Vec<Named> = sockets.iter().map(Named::from).collect();
+            destroy_each(&diag, named.iter())
+        })
+        .flatten()
+}
+
 /// Ends what the namespace's processes have connected to others; returns how many connections that were. Synchronous.
 pub fn sever(netns: &Netns) -> io::Result<usize> {
     netns.run(sever_here).flatten()
@@ -75,9 +127,13 @@ fn sever_here() -> io::Result<usize> {
         listening.extend(dump(&diag, family, LISTENING)?.iter().map(Named::local_port));
         connected.extend(dump(&diag, family, CONNECTED)?);
     }
+    destroy_each(&diag, connected.iter().filter(|socket| socket.is_outbound(&listening)))
+}
+
+fn destroy_each<'a>(diag: &OwnedFd, sockets: impl Iterator<Item = &'a Named>) -> io::Result<usize> {
     let mut ended = 0;
-    for socket in connected.iter().filter(|socket| socket.is_outbound(&listening)) {
-        match destroy(&diag, socket) {
+    for socket in sockets {
+        match destroy(diag, socket) {
             Ok(()) => ended += 1,
             // It ended by itself.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}

@@ -197,6 +197,7 @@ pub struct ViewSync {
     saved: Option<Arc<Held>>,
     unsaved: Option<Arc<Held>>,
     save_due: Instant,
+    before: Box<dyn Fn(&View)>,
     /// When the snapshot on disk was written that was looked at last.
     seen: Option<SystemTime>,
 }
@@ -273,6 +274,7 @@ impl ViewSync {
             credential,
             client,
             stand_back: Box::pin(std::future::pending()),
+            before: Box::new(|_| {}),
             seen,
         };
         sync.note_credential();
@@ -309,6 +311,12 @@ impl ViewSync {
     /// the other one saves.
     pub fn stand_back_when(mut self, when: impl Future<Output = ()> + 'static) -> ViewSync {
         self.stand_back = Box::pin(when);
+        self
+    }
+
+    /// Does that with every view before it is published, and before the controller is told that it holds.
+    pub fn before_publishing(mut self, before: impl Fn(&View) + 'static) -> ViewSync {
+        self.before = Box::new(before);
         self
     }
 
@@ -508,6 +516,7 @@ impl ViewSync {
         let view = self
             .compiler
             .compile(&held.trust_domain, held.revision, &held.resources);
+        (self.before)(&view);
         self.views.publish(Arc::new(view));
         self.health.revision.store(held.revision.0, Relaxed);
         self.health.resources.store(held.resources.len(), Relaxed);

@@ -5,8 +5,14 @@ use std::{
     os::unix::fs::MetadataExt,
 };
 
-use mesh_abi::{PortSet, Reason};
-use mesh_agent::kernel::{HostedCapture, NetnsCookie};
+use mesh_abi::{
+    PortSet, Reason,
+    direct::{DirectEndpoint, DirectKey, DirectState},
+};
+use mesh_agent::{
+    kernel::{HostedCapture, NetnsCookie, direct::direct_entry},
+    pods::Netns,
+};
 
 use crate::{
     listen, listen_outside,
@@ -129,6 +135,36 @@ try:
 except OSError as error:
     print(errno.errorcode[error.errno])";
     assert_eq!(one.run(&world, mptcp).trim(), "EPROTONOSUPPORT");
+}
+
+#[test]
+fn nothing_of_the_nodes_network_is_direct() {
+    let world = World::new();
+    let _agent = world.capture(1);
+    let pods = Cgroup::new(&world, "pods");
+    let hosted = Hosted::capture(&world, &pods, "hosted");
+    // What no agent writes: an entry for the namespace that many share.
+    let pod_ip = world.pod_ip(false);
+    let application = world.in_pod(move || listen(pod_ip, 0));
+    let endpoint = application.local_addr().unwrap();
+    let destination: SocketAddr = "203.0.113.7:80".parse().unwrap();
+    let places = [DirectEndpoint::new(world.cookie().0, endpoint.into())];
+    let home = Netns::open(&world.outside_path()).unwrap().cookie();
+    for cookie in [home, NetnsCookie::hosted(hosted.id())] {
+        let key = DirectKey::new(cookie.0, destination.into());
+        world.kernel().set_direct(&key, &direct_entry(1, 1, &places)).unwrap();
+    }
+    let valid = DirectState {
+        generation: 1,
+        owner: 1,
+        beat: u64::MAX,
+        revision: 1,
+    };
+    world.kernel().set_direct_state(&valid).unwrap();
+    hosted.connect(&world, destination);
+    assert_eq!(hosted.original(&world), Some(destination));
+    assert!(is_idle(std::slice::from_ref(&application)));
+    assert_eq!(world.count(Reason::OutboundDirect), 0);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Document, Kind, Object, Problem};
 use crate::{
-    policy::{MeshPolicy, MtlsMode, MtlsSettings, ParentRef, TargetRef, guard_targets},
+    policy::{MeshPolicy, MtlsMode, MtlsSettings, ParentRef, SameNode, TargetRef, guard_targets},
     read::{Decode, Field, Log, Node},
 };
 
@@ -124,6 +124,7 @@ impl Document {
                     spec: MeshPolicy {
                         target_refs: spec.targets.clone(),
                         mtls: Some(strict),
+                        same_node: Some(SameNode::Agent),
                     },
                     raw: None,
                 })))

@@ -16,6 +16,7 @@ const PORTS_MAX: usize = 64;
 /// `spec` of a MeshPolicy. The most specific target wins, field by field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = super::schema::rule("has(self.mtls) || has(self.sameNode)", "says nothing: expected mtls, sameNode or both"))))]
 #[serde(rename_all = "camelCase")]
 pub struct MeshPolicy {
     /// What it is attached to, at least one.
@@ -27,6 +28,9 @@ pub struct MeshPolicy {
     /// Mutual TLS of the targets as destinations.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtls: Option<MtlsSettings>,
+    /// How connections from the targets' own nodes reach them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub same_node: Option<SameNode>,
 }
 
 /// `mtls` of a MeshPolicy: at least one of its fields is set.
@@ -59,6 +63,18 @@ pub enum MtlsMode {
     Off,
 }
 
+/// How a connection between two workloads of one node reaches its destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum SameNode {
+    /// Through the node's agent. This holds where no MeshPolicy says anything.
+    #[default]
+    Agent,
+    /// Without the agent, by a decision of the kernel, where nothing but who may speak to whom is to be decided.
+    Direct,
+}
+
 impl MtlsMode {
     /// The word used in documents.
     pub const fn as_str(self) -> &'static str {
@@ -79,7 +95,7 @@ impl fmt::Display for MtlsMode {
 impl Decode for MeshPolicy {
     fn decode(field: &Field) -> Option<MeshPolicy> {
         let mut fields = field.fields()?;
-        fields.later(&["outbound", "failMode", "sameNode", "telemetry"]);
+        fields.later(&["outbound", "failMode", "telemetry"]);
         let target_refs = target_refs(
             &mut fields,
             &Targets {
@@ -87,16 +103,23 @@ impl Decode for MeshPolicy {
                 anywhere: true,
             },
         );
-        let mtls = fields
-            .need("mtls", "mode, ports or both")
-            .and_then(|f| MtlsSettings::decode(&f));
+        let mtls = fields.read("mtls", MtlsSettings::decode);
+        let same_node = fields.read("sameNode", |f| f.choice(&SAME_NODE, &[]));
         fields.finish();
-        Some(MeshPolicy {
+        let policy = MeshPolicy {
             target_refs: target_refs?,
-            mtls: Some(mtls?),
-        })
+            mtls: mtls?,
+            same_node: same_node?,
+        };
+        if policy.mtls.is_none() && policy.same_node.is_none() {
+            field.refuse("says nothing", "mtls, sameNode or both");
+            return None;
+        }
+        Some(policy)
     }
 }
+
+const SAME_NODE: [(&str, SameNode); 2] = [("agent", SameNode::Agent), ("direct", SameNode::Direct)];
 
 const MODES: [(&str, MtlsMode); 3] = [
     ("strict", MtlsMode::Strict),

@@ -31,7 +31,7 @@ pub use http_route::{
     PathMatch, PathModifier, RequestMirror, RequestRedirect, StringMatch, UrlRewrite,
 };
 pub use l4_route::{L4RouteRule, TcpRoute, TlsRoute};
-pub use mesh::{MeshPolicy, MtlsMode, MtlsSettings};
+pub use mesh::{MeshPolicy, MtlsMode, MtlsSettings, SameNode};
 pub use rate_limit::{
     Limit, LimitAlgorithm, LimitKeyField, LimitScope, RateLimit, RequestField, RequestRate, SourceField,
 };

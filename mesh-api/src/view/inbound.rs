@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     authz::{AccessRules, InboundPolicy, NamedRule},
-    policy::{AccessAction, AccessPolicy, AccessRule, MtlsMode, MtlsSettings, RateLimit},
+    policy::{AccessAction, AccessPolicy, AccessRule, MtlsMode, MtlsSettings, RateLimit, SameNode},
     resilience::LimitSettings,
     rule::RuleId,
     workload::{AppProtocol, Revision, Service, Workload},
@@ -38,6 +38,16 @@ impl InboundSet {
         let found = self.ports.binary_search_by_key(&port, |policy| policy.port).ok();
         found.and_then(|index| self.ports.get(index)).unwrap_or(&self.elsewhere)
     }
+
+    /// Whether flows to some port may do without the agent.
+    pub fn is_direct(&self) -> bool {
+        self.elsewhere.direct || self.ports.iter().any(|policy| policy.direct)
+    }
+
+    /// What holds at each port that is special in some way.
+    pub fn ports(&self) -> impl Iterator<Item = &InboundPolicy> {
+        self.ports.iter()
+    }
 }
 
 /// Compiles workload after workload and shares what is equal. It holds what it needs of the policies, so that it serves
@@ -45,6 +55,7 @@ impl InboundSet {
 #[derive(Debug)]
 pub(super) struct InboundCompiler {
     mesh: Vec<Option<MtlsSettings>>,
+    same_node: Vec<Option<SameNode>>,
     mesh_targets: Targets,
     access: Vec<CompiledAccess>,
     access_targets: Targets,
@@ -74,6 +85,7 @@ impl InboundCompiler {
         };
         InboundCompiler {
             mesh: policies.mesh.iter().map(|p| p.spec.mtls.clone()).collect(),
+            same_node: policies.mesh.iter().map(|p| p.spec.same_node).collect(),
             mesh_targets: Targets::new(policies.mesh.iter().map(|p| &*p.spec.target_refs)),
             access: policies.access.iter().map(compile_access).collect(),
             access_targets: Targets::new(policies.access.iter().map(|p| &*p.spec.target_refs)),
@@ -127,6 +139,7 @@ impl InboundCompiler {
             limits: self.limit_settings(&policies_at(&limits, port)),
             protocol: protocol(workload, served, port),
             services: self.services(served, port),
+            direct: same_node(&self.same_node, &mesh, port) == SameNode::Direct,
         };
         InboundSet {
             ports: ports.into_iter().map(|port| at(Some(port))).collect(),
@@ -250,6 +263,22 @@ fn mtls_mode(policies: &[Option<MtlsSettings>], applied: &[Applied], port: Optio
         }
     }
     MtlsMode::default()
+}
+
+/// What the most specific policy says that says something; of several at one level, that the agent stays.
+fn same_node(policies: &[Option<SameNode>], applied: &[Applied], port: Option<u16>) -> SameNode {
+    let directness = |word: &SameNode| *word == SameNode::Direct;
+    for level in [Level::TargetPort, Level::Target, Level::Namespace, Level::Mesh] {
+        let holds = |one: &&Applied| one.level == level && (one.port.is_none() || one.port == port);
+        let words = applied
+            .iter()
+            .filter(holds)
+            .filter_map(|one| *policies.get(one.policy)?);
+        if let Some(word) = words.min_by_key(directness) {
+            return word;
+        }
+    }
+    SameNode::default()
 }
 
 /// What the port speaks: as a service says, else as the workload does.

@@ -14,6 +14,7 @@
 mod attach;
 mod compile;
 mod compiler;
+mod direct;
 mod endpoints;
 pub(crate) mod grants;
 mod inbound;
@@ -27,6 +28,7 @@ use std::{
 };
 
 pub use self::compiler::ViewCompiler;
+pub use self::direct::{DIRECT_ENDPOINTS_MAX, DirectDestination, NotDirect};
 use self::inbound::InboundSet;
 use crate::{
     authz::AccessRules,
@@ -267,5 +269,6 @@ fn inbound_of_unknown() -> InboundPolicy {
         limits: Arc::default(),
         protocol: AppProtocol::Detect,
         services: Arc::default(),
+        direct: false,
     }
 }

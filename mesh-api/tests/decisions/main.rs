@@ -4,6 +4,7 @@
 //! fails names itself.
 
 mod access;
+mod direct;
 mod explain;
 mod gateway_api;
 mod limits;

@@ -339,6 +339,7 @@ fn inbound(deny: &[AccessRule], allow: &[AccessRule], has_allow_policy: bool, po
         limits: Arc::default(),
         protocol: AppProtocol::Detect,
         services: Arc::default(),
+        direct: true,
     }
 }
 
