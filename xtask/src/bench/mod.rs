@@ -35,7 +35,7 @@ pub struct Options {
     /// How long each measurement takes, in seconds.
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
-    /// Only these of our systems: l7, l4, same-l7, same-l4.
+    /// Only these of our systems: l7, l4, same-l7, same-l4, same-direct.
     #[arg(long, value_delimiter = ',')]
     systems: Vec<String>,
     /// Other proxies in the same rounds: all, none, or names of haproxy, floor (two HAProxy hops that only copy

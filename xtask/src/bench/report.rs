@@ -275,9 +275,6 @@ pub fn print(report: &Report) {
         let disturbed = if row.disturbed { "  disturbed" } else { "" };
         println!("  {:<42} {value:>28}  {ratio:>24}  {bound}{met}{disturbed}", row.title);
     }
-    if report.systems.iter().any(|system| system.name == "same-l4") {
-        println!("\nours, same node, L4 decided in the kernel: not built; the row above passes the agent");
-    }
     for (name, why) in &report.absent {
         println!("absent: {name}: {why}");
     }

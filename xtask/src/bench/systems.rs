@@ -57,13 +57,22 @@ pub const OURS: &[Ours] = &[
         service: "mesh/same-tcp",
         base: SAME,
     },
+    Ours {
+        name: "same-direct",
+        title: "ours, same node, L4 decided in the kernel",
+        service: "mesh/kernel-tcp",
+        base: SAME,
+    },
 ];
 
 /// Those that the command line names; all by default.
 pub fn wanted(names: &[String]) -> Result<Vec<&'static Ours>> {
     for name in names {
         let known = OURS.iter().any(|ours| ours.name == name);
-        ensure!(known, "--systems {name}: expected l7, l4, same-l7, same-l4");
+        ensure!(
+            known,
+            "--systems {name}: expected l7, l4, same-l7, same-l4, same-direct"
+        );
     }
     Ok(OURS
         .iter()
@@ -161,7 +170,11 @@ pub fn manifest() -> String {
              ---\napiVersion: v1\nkind: Pod\nmetadata: {{name: source, namespace: {namespace}}}\n\
              spec: {{nodeName: node-1, serviceAccountName: source, containers: [{{name: main, command: [sleep, infinity]}}]}}\n"
         ));
-        for (name, node) in [("cross", "node-2"), ("same", "node-1")] {
+        for (name, node) in [("cross", "node-2"), ("same", "node-1"), ("kernel", "node-1")] {
+            // The kernel's decisions are the mesh's; it has the same base as what goes through the agent.
+            if name == "kernel" && namespace == "direct" {
+                continue;
+            }
             text.push_str(&format!(
                 "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\n\
                  spec:\n  nodeName: {node}\n  serviceAccountName: {name}\n  containers:\n  - name: main\n\
@@ -176,6 +189,7 @@ pub fn manifest() -> String {
         ("cross", "-tcp", "tcp", TCP_PORT),
         ("same", "", "http", HTTP_PORT),
         ("same", "-tcp", "tcp", TCP_PORT),
+        ("kernel", "-tcp", "tcp", TCP_PORT),
     ] {
         text.push_str(&format!(
             "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}{suffix}, namespace: mesh}}\n\
@@ -221,10 +235,15 @@ apiVersion: nodemesh.io/v1alpha1
 kind: AccessPolicy
 metadata: {name: flows, namespace: mesh}
 spec:
-  targetRefs: [{kind: Service, name: cross-tcp}, {kind: Service, name: same-tcp}]
+  targetRefs: [{kind: Service, name: cross-tcp}, {kind: Service, name: same-tcp}, {kind: Service, name: kernel-tcp}]
   action: Allow
   rules:
   - from: [{identities: ['spiffe://cluster.local/ns/mesh/sa/source']}]
+---
+apiVersion: nodemesh.io/v1alpha1
+kind: MeshPolicy
+metadata: {name: kernel, namespace: mesh}
+spec: {targetRefs: [{kind: Service, name: kernel-tcp}], sameNode: direct}
 ";
 
 #[cfg(test)]
@@ -234,7 +253,13 @@ mod tests {
     #[test]
     fn the_manifest_is_read() {
         let items = mesh_tests::kube::parse("bench", &manifest()).unwrap();
-        for (kind, count) in [("Pod", 6), ("Service", 4), ("AccessPolicy", 2), ("HTTPRoute", 2)] {
+        for (kind, count) in [
+            ("Pod", 7),
+            ("Service", 5),
+            ("AccessPolicy", 2),
+            ("MeshPolicy", 1),
+            ("HTTPRoute", 2),
+        ] {
             assert_eq!(items.iter().filter(|item| item.kind == kind).count(), count, "{kind}");
         }
     }

@@ -221,7 +221,7 @@ const TARGETS: &[(&str, [Option<Target>; 9])] = {
             ],
         ),
         (
-            "same-l4",
+            "same-direct",
             [
                 most(1.0),
                 most(1.0),
