@@ -429,14 +429,23 @@ fn a_full_disk_stops_nothing() -> Result<()> {
     ensure!(status.stdout == "403", "{status}");
 
     // And when there is room again, everything is written again.
+    let written = || Ok::<_, anyhow::Error>(fs::metadata(state.join("snapshot"))?.modified()?);
+    let outdated = written()?;
     fs::remove_file(&fill)?;
+    until("the revision that had no room is written", LIMIT, || {
+        Ok((written()? > outdated).then_some(()))
+    })?;
     let lines = logged(&lab)?;
     until("lines in the access log again", LIMIT, || {
         modest_is_served(&lab)?;
         Ok((logged(&lab)? > lines).then_some(()))
     })?;
+    let outdated = written()?;
     let deleted = ["policy", "delete", "AccessPolicy", "nobody", "-n", "tenants", "--wait"];
     lab.ctl(&deleted)?.ok()?;
+    until("the next revision is written", LIMIT, || {
+        Ok((written()? > outdated).then_some(()))
+    })?;
     let revision = lab.ctl_json(&["status"])?["controller"]["revision"].as_u64();
     lab.kill_controller()?;
     lab.kill_agent("node-1")?;

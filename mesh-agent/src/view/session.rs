@@ -51,6 +51,8 @@ const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 /// Endpoints alone are written to disk no sooner than after so many times what the last writing took: a large mesh would
 /// be written by the second otherwise. Whatever else changes is written at once.
 const SAVE_PAUSE: u32 = 50;
+/// The wait after a writing that failed, unless something newer is to be written before.
+const SAVE_RETRY: Duration = Duration::from_secs(5);
 /// The wait after a renewal of the node's certificate failed.
 const RENEWAL_RETRY: Duration = Duration::from_secs(10);
 
@@ -197,6 +199,8 @@ pub struct ViewSync {
     saved: Option<Arc<Held>>,
     unsaved: Option<Arc<Held>>,
     save_due: Instant,
+    /// Whether what is unsaved could not be written: then only time makes it due.
+    save_failed: bool,
     before: Box<dyn Fn(&View)>,
     /// When the snapshot on disk was written that was looked at last.
     seen: Option<SystemTime>,
@@ -263,6 +267,7 @@ impl ViewSync {
             saved: held.clone(),
             unsaved: None,
             save_due: Instant::now(),
+            save_failed: false,
             views: Arc::new(Published::new(View::empty(config.trust_domain.clone()))),
             health: Arc::default(),
             state: State::new(greeting, held.clone(), config.controller.retry_max),
@@ -366,7 +371,10 @@ impl ViewSync {
                         }
                         Action::Publish(held) => self.publish(&held),
                         Action::Trust(roots) => self.trust(&roots),
-                        Action::Save(held) => self.unsaved = Some(held),
+                        Action::Save(held) => {
+                            self.unsaved = Some(held);
+                            self.save_failed = false;
+                        }
                         Action::Wait(wait) => due = Some(Instant::now() + wait),
                         Action::Tell(event) => self.events.emit(event),
                     }
@@ -543,9 +551,10 @@ impl ViewSync {
     async fn save_if_due(&mut self) {
         let now = Instant::now();
         let saved = self.saved.as_deref();
+        let waits = self.save_failed;
         let Some(held) = self
             .unsaved
-            .take_if(|held| now >= self.save_due || !saved.is_some_and(|saved| is_alike(saved, held)))
+            .take_if(|held| now >= self.save_due || !waits && !saved.is_some_and(|saved| is_alike(saved, held)))
         else {
             return;
         };
@@ -555,12 +564,16 @@ impl ViewSync {
         let reason = match written {
             Ok(Ok(())) => {
                 self.saved = Some(held);
+                self.save_failed = false;
                 return;
             }
             Ok(Err(error)) => error.to_string(),
             Err(error) => error.to_string(),
         };
         self.events.emit(Event::SnapshotUnwritten { reason });
+        self.unsaved = Some(held);
+        self.save_failed = true;
+        self.save_due = Instant::now() + SAVE_RETRY;
     }
 }
 
