@@ -15,6 +15,11 @@ kind: Service
 metadata: {name: cart, namespace: shop}
 spec: {clusterIP: 10.96.0.1, selector: {app: cart}, ports: [{name: http, port: 80, targetPort: 8080}]}
 ---
+apiVersion: v1
+kind: Service
+metadata: {name: database, namespace: shop}
+spec: {clusterIP: 10.96.0.2, selector: {app: database}, ports: [{name: tcp, port: 5432}]}
+---
 apiVersion: nodemesh.io/v1alpha1
 kind: ServiceSubset
 metadata: {name: cart-v1, namespace: shop}
