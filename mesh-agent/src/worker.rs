@@ -38,9 +38,10 @@ const PLACES_PER_FREE: usize = 3;
 const DESCRIPTORS_PER_PLACE: u64 = 2;
 /// The share of the descriptors that is not for connections: listeners, maps, idle tunnels, the controller's stream.
 const DESCRIPTORS_KEPT: u64 = 4;
-/// What a connection takes of the memory at its worst, sockets included, as long as nothing piles up.
+/// What a connection is taken to need of the memory, sockets included, as long as nothing piles up: an allowance,
+/// well above what idle connections were seen to take, not a measured worst case.
 const PLACE_BYTES: u64 = 64 * 1024;
-/// What the agent itself takes of the memory.
+/// What the agent itself is taken to need of the memory: an allowance too.
 const OWN_BYTES: u64 = 48 << 20;
 /// The fewest places that a worker has, however little it was given.
 const PLACES_MIN: usize = 32;

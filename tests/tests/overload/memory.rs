@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use mesh_tests::{Lab, cgroup, mesh, state};
 
-/// A bound; dropped, the group is removed.
+/// A bound. Its group stays until [`Bound::remove`]; on cgroup2 it goes with the lab.
 pub struct Bound {
     group: PathBuf,
     is_v1: bool,
